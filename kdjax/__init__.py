@@ -1,0 +1,1 @@
+"""kdjax: distil a large language model into a small one on JAX."""
