@@ -1,0 +1,58 @@
+"""What an algorithm is: it compares student and teacher on a batch and returns named terms.
+
+An algorithm is an ``nnx.Module`` built as ``Algorithm(student, teachers, config, rngs=rngs)`` and called as
+``algorithm(student, batch) -> dict[str, Term]``. It may own ``nnx.Param``s (projectors); they are trained with the
+student. Arrays that it only reads, a teacher's head for instance, belong into ``Frozen``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from kdjax.config import Config
+from kdjax.losses import Head
+from kdjax.registry import Registry
+
+
+class Term(NamedTuple):
+    """One part of the loss as a sum over positions.
+
+    The step divides ``sum`` by the ``count`` of the whole global batch, never of a micro-batch or a device, and adds
+    ``weight`` times the result to the loss. ``count`` must depend on masks only. Weight 0 reports without training.
+    """
+
+    sum: jax.Array
+    """float32 scalar."""
+    count: jax.Array
+    """float32 scalar: how many positions are in the sum."""
+    weight: float = 1.0
+
+
+class Frozen(nnx.Variable):
+    """An array of an algorithm that is read and never trained."""
+
+
+class Teacher(NamedTuple):
+    """What the step knows of a teacher: the head that turns its hidden rows into logits."""
+
+    head: Head
+    """``valid`` marks the ids that are real in both vocabularies."""
+    hidden_size: int
+    path: str
+
+
+_REGISTRY = Registry("algorithm", "distill.algorithm")
+register_algorithm: Callable[[str], Callable[[type], type]] = _REGISTRY.register
+
+
+def make_algorithm(config: Config, student: nnx.Module, teachers: tuple[Teacher, ...] = (), *, seed: int = 0) -> Any:
+    """Build ``config.distill.algorithm``; without a teacher every run is supervised fine-tuning.
+
+    Raises UserError when the name is unknown (the known ones are listed) or its file cannot be loaded.
+    """
+    name = config.distill.algorithm if teachers else "sft"
+    return _REGISTRY.get(name)(student, teachers, config, rngs=nnx.Rngs(seed))

@@ -1,0 +1,401 @@
+"""The run configuration: frozen typed groups, filled from YAML and dotted overrides, checked before anything loads.
+
+The classes below are the reference: ``python -m kdjax.train --help`` and the documentation are generated from their
+fields and the line of text under each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from kdjax.errors import UserError
+
+group = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+Dtype = Literal["float32", "bfloat16"]
+
+
+@group
+class StudentConfig:
+    path: str | None = None
+    """Hugging Face folder or hub id of the student; with `init: layers` it defaults to the teacher's."""
+    init: Literal["pretrained", "random", "layers"] = "pretrained"
+    """`pretrained` loads weights; `random` draws them; `layers` takes the chosen layers of the teacher."""
+    layers: tuple[int, ...] = ()
+    """With `init: layers`: which of the teacher's layers become the student's, in order."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Entries that replace those of config.json (hidden_size, num_hidden_layers …); needs `init: random`."""
+    dtype: Dtype = "float32"
+    """What the forward and backward pass compute in."""
+    param_dtype: Dtype = "float32"
+    """What the optimizer updates; bfloat16 parameters lose small updates."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Attention implementation; `cudnn` needs a GPU and bfloat16."""
+
+    def __post_init__(self) -> None:
+        if self.init == "layers" and not self.layers:
+            raise ValueError("student.layers: name the teacher's layers to keep, as in [0, 2, 4], or use another init")
+        if self.init != "layers" and self.layers:
+            raise ValueError("student.layers only goes with student.init=layers")
+        if self.config and self.init != "random":
+            raise ValueError("student.config changes shapes, so it needs student.init=random")
+
+
+@group
+class TeacherConfig:
+    path: str | None = None
+    """Hugging Face folder or hub id of the teacher; none means plain supervised fine-tuning."""
+    engine: Literal["sglang", "transformers"] = "sglang"
+    """What runs the teacher: SGLang, or plain transformers as the slow reference."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the teacher computes in; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel size of the teacher."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel size of the teacher."""
+    ep: int = Field(1, ge=1)
+    """Expert-parallel size of a mixture-of-experts teacher."""
+    mem_fraction: float = Field(0.4, gt=0, lt=1)
+    """Share of GPU memory that SGLang may take for weights and cache."""
+    quantization: str | None = None
+    """SGLang quantization of the teacher's weights, as in `fp8`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further SGLang engine arguments, passed on as they are."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the engine; none leaves the choice to torch."""
+    lookahead: int = Field(1, ge=0)
+    """How many batches the teacher may be ahead of the student; 0 takes turns."""
+    start_timeout: float = Field(600.0, gt=0)
+    """Seconds until the engine must be ready."""
+    timeout: float = Field(300.0, gt=0)
+    """Seconds that one batch may take in the engine."""
+    trust_remote_code: bool = False
+    """Let the teacher's folder run its own code."""
+    preflight: bool = True
+    """Before step 1, compare log-probabilities recomputed from hidden rows with the engine's own."""
+
+
+@group
+class SourceConfig:
+    path: str
+    """A file (jsonl, json, csv, parquet, arrow), a saved dataset folder, or a hub id."""
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_response", "text"] = "auto"
+    """How a row is read; `auto` decides by its columns."""
+    split: str | None = None
+    """Split of a dataset folder or hub id."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this source when several are mixed."""
+    max_samples: int | None = Field(None, ge=1)
+    """Use at most this many rows."""
+    messages_key: str = "messages"
+    """Column that holds chat messages."""
+    prompt_key: str = "prompt"
+    """Column that holds the prompt."""
+    response_key: str = "response"
+    """Column that holds the response."""
+    text_key: str = "text"
+    """Column that holds plain text."""
+    teacher_input_key: str | None = None
+    """Column with another prompt that only the teacher sees (context distillation)."""
+
+
+@group
+class DataConfig:
+    train: tuple[SourceConfig, ...] = ()
+    """Training sources."""
+    eval: tuple[SourceConfig, ...] = ()
+    """Held-out sources."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id; by default the teacher's, else the student's."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to the chat template, as in `{enable_thinking: false}`."""
+    system: str | None = None
+    """A system message put before each conversation that has none."""
+    max_len: int = Field(1024, ge=2)
+    """Tokens in a packed row; longer documents are dropped or cut."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens carry loss: the assistant's, or every token."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A malformed row stops the run, or is skipped and counted."""
+    on_long_row: Literal["drop", "truncate"] = "drop"
+    """A document longer than max_len is dropped, or cut at its end; both are counted."""
+    packing: bool = True
+    """Pack several documents into a row; they never see each other."""
+    packing_bins: int = Field(32, ge=1)
+    """Rows that are filled at the same time; more waste less."""
+    shuffle: bool = True
+    """A new order every epoch."""
+    workers: int = Field(2, ge=1)
+    """Threads that read and tokenize; the order does not depend on it."""
+    special_token_map: dict[str, str] = Field(default_factory=dict)
+    """Student special token → teacher special token, where the same id has two names."""
+
+
+@group
+class DistillConfig:
+    algorithm: str = "vanilla"
+    """Registered algorithm, or `path/my.py:Class`."""
+    loss: str = "kl"
+    """Registered divergence, or `path/my.py:function`."""
+    kd_ratio: float = Field(0.5, ge=0, le=1)
+    """Loss = (1 − kd_ratio) · cross-entropy + kd_ratio · divergence."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides both logits before the divergence."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the divergence, as in `{jsd_beta: 0.9}`."""
+    algorithm_args: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the algorithm."""
+
+
+@group
+class TrainConfig:
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; none means `epochs` passes over the data."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data when `steps` is not given."""
+    batch_size: int = Field(8, ge=1)
+    """Packed rows in one optimizer step, over all devices."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches that a step is computed in; the result does not depend on it."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay from the peak to min_lr after the warm-up."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end."""
+    extra_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of an algorithm's own parameters; none means learning_rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moment decays."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the global gradient norm; none does not."""
+    seed: int = Field(42, ge=0)
+    """Decides initial weights and data order."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between evaluations; none evaluates before and after only."""
+    eval_rows: int | None = Field(None, ge=1)
+    """Held-out documents to evaluate on; none means all."""
+    keep_best: bool = False
+    """Export the weights with the lowest held-out loss instead of the last."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better held-out loss."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}; choose a divisor"
+            )
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"train.min_lr={self.min_lr} is above train.learning_rate={self.learning_rate}; lower it")
+        if (self.keep_best or self.patience) and self.eval_every is None:
+            raise ValueError("train.keep_best and train.patience compare evaluations: set train.eval_every")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"train.betas={list(self.betas)}: both must lie in [0, 1)")
+
+
+@group
+class MeshConfig:
+    data: int = Field(-1, ge=-1)
+    """Data-parallel size; -1 takes the devices that are left."""
+    fsdp: int = Field(1, ge=-1)
+    """Fully sharded data-parallel size: splits parameters, optimizer state and batch."""
+    tensor: int = Field(1, ge=-1)
+    """Tensor-parallel size: splits heads, MLP and vocabulary."""
+
+
+@group
+class CheckpointConfig:
+    save_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; none saves at the end only."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints stay on disk."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in the output folder."""
+
+
+@group
+class LogConfig:
+    every: int = Field(10, ge=1)
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    """Write tensorboard event files."""
+    sample_prompt: str | None = None
+    """A question that the student answers at the end."""
+    sample_tokens: int = Field(128, ge=1)
+    """Length of that answer at most."""
+
+
+@group
+class Config:
+    """One run. ``output`` holds everything it writes: config.yaml, metrics, checkpoints and the exported student."""
+
+    output: str = "runs/run"
+    """Folder of this run."""
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not self.data.train:
+            raise ValueError("data.train is empty: name at least one source, as in data.train: [{path: rows.jsonl}]")
+        if self.student.path is None and self.student.init != "layers":
+            raise ValueError("student.path is missing: a Hugging Face folder or hub id")
+        if self.student.init == "layers" and self.teacher.path is None:
+            raise ValueError("student.init=layers takes the teacher's layers, but teacher.path is missing")
+        if self.data.eval == () and (self.train.eval_every or self.train.eval_rows):
+            raise ValueError("train.eval_every and train.eval_rows need held-out data: set data.eval")
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values) and check everything.
+
+    Raises UserError with the key, what is wrong and what would be right.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r}: write key=value, as in train.steps=100")
+        try:
+            _assign(values, key.strip().removeprefix("--").split("."), yaml.load(text, Loader=_Loader), override)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from None
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Check plain nested values and freeze them. Raises UserError on the first fault, named by its dotted key."""
+    _refuse_unknown(Config, values, "")
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, ready for YAML or JSON."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def reference(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every key as ``(dotted name, type, default, meaning)``; list-valued groups are shown with ``[]``."""
+    for name, info in cls.__pydantic_fields__.items():
+        inner = _group_of(info.annotation)
+        if inner is not None:
+            many = inner is not info.annotation
+            if many:
+                yield f"{prefix}{name}", "list", [], info.description or ""
+            yield from reference(inner, f"{prefix}{name}{'[]' if many else ''}.")
+        else:
+            default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", _type_name(info.annotation), default, info.description or ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as a string; learning rates are written that way, so read it as the number it is."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({_first_line(error)})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or _first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of groups such as `train:`, found {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict, keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(int(key) if isinstance(values, list) else key, {})
+        if not isinstance(values, (dict, list)):
+            raise UserError(f"override {override!r}: {key!r} is not a group")
+    if isinstance(values, list):
+        values[int(keys[-1])] = value
+    else:
+        values[keys[-1]] = value
+
+
+def _refuse_unknown(cls: type, values: Any, prefix: str) -> None:
+    if not isinstance(values, Mapping):
+        return
+    fields = cls.__pydantic_fields__
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), n=1)
+            if not near:
+                leaves = {name.rpartition(".")[2]: name for name, *_ in reference()}
+                near = [leaves[k] for k in difflib.get_close_matches(str(key), list(leaves), n=1, cutoff=0.8)]
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+            raise UserError(f"unknown key {prefix}{key!s}; {hint}")
+        inner = _group_of(fields[key].annotation)
+        items = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
+        for i, item in items if inner else ():
+            _refuse_unknown(inner, item, f"{prefix}{key}." if i is None else f"{prefix}{key}.{i}.")
+
+
+def _group_of(annotation: Any) -> type | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+
+
+def _type_name(annotation: Any) -> str:
+    if getattr(annotation, "__origin__", None) is Literal:
+        return " | ".join(str(a) for a in annotation.__args__)
+    return annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(
+        annotation
+    ).replace("typing.", "")
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    if first["type"] == "missing":
+        return f"{where}: missing"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
