@@ -250,6 +250,8 @@ class Config:
 
     output: str = "runs/run"
     """Folder of this run."""
+    overwrite: bool = False
+    """Start anew where the output folder holds a run, deleting it."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -346,13 +348,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _assign(values: dict, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(int(key) if isinstance(values, list) else key, {})
+        if isinstance(values, list):
+            values = values[_index(key, values, override)]
+        else:
+            values = values.setdefault(key, {})
         if not isinstance(values, (dict, list)):
             raise UserError(f"override {override!r}: {key!r} is not a group")
-    if isinstance(values, list):
-        values[int(keys[-1])] = value
-    else:
-        values[keys[-1]] = value
+    values[_index(keys[-1], values, override) if isinstance(values, list) else keys[-1]] = value
+
+
+def _index(key: str, values: list, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(values):
+        raise UserError(f"override {override!r}: {key!r} must be a place in a list of {len(values)}, counted from 0")
+    return int(key)
 
 
 def _refuse_unknown(cls: type, values: Any, prefix: str) -> None:
@@ -361,7 +369,7 @@ def _refuse_unknown(cls: type, values: Any, prefix: str) -> None:
     fields = cls.__pydantic_fields__
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), list(fields), n=1)
+            near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), list(fields), n=1)]
             if not near:
                 leaves = {name.rpartition(".")[2]: name for name, *_ in reference()}
                 near = [leaves[k] for k in difflib.get_close_matches(str(key), list(leaves), n=1, cutoff=0.8)]

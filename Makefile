@@ -1,0 +1,46 @@
+# Two commands do everything: `make quickstart` and `make test`. Both set the machine up first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q install
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
+
+.PHONY: setup quickstart teacher test test-full bench lint clean
+
+quickstart: setup
+	$(BIN)/python -m kdjax.train --config configs/quickstart.yaml overwrite=true
+
+teacher: setup  ## train the quickstart's teacher anew (an hour on two cores)
+	$(BIN)/python -m kdjax.train --config configs/quickstart_teacher.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-full: setup
+	$(BIN)/python -m pytest -m "full or not full"
+
+bench: setup
+	$(BIN)/python -m benchmarks.fused_loss
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"kdjax needs Python 3.11 to 3.13, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		echo "setting up $(VENV) for a GPU (several gigabytes)"; $(PIP) -e '.[gpu,test]'; \
+	else \
+		echo "setting up $(VENV) for a CPU (two to five minutes)"; \
+		$(PIP) -r requirements/cpu-torch.txt && \
+		$(PIP) --no-deps -r requirements/cpu-sglang.txt && \
+		$(PIP) -r requirements/cpu.txt && \
+		$(PIP) --no-deps -e . ; \
+	fi
+	rm -f $(VENV)/.ready-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache runs build *.egg-info

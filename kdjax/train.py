@@ -1,0 +1,63 @@
+"""``python -m kdjax.train --config run.yaml [key=value …]``: train a student as a configuration says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from kdjax.config import Config, load_config, reference, to_yaml
+from kdjax.errors import UserError
+
+
+def parse(argv: Sequence[str] | None = None) -> Config | None:
+    """Read the command line; None when ``--print-config`` only asked to see the result."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdjax.train",
+        description="Train a student: distillation from a teacher, or supervised fine-tuning without one.",
+        epilog=_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the groups listed below")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace single values, as in train.steps=100")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return None
+    return config
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; a UserError becomes one line on standard error and exit code 2."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def command() -> None:
+        config = parse(argv)
+        if config is not None:
+            from kdjax.training.loop import train  # jax is imported only once the configuration holds
+
+            train(config)
+
+    return guarded(command)
+
+
+def _keys() -> str:
+    lines = ["configuration keys (name = default: meaning):"]
+    for name, kind, default, meaning in reference():
+        lines.append(f"  {name} = {default}  ({kind})\n      {meaning}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

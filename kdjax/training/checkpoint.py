@@ -1,0 +1,77 @@
+"""Saving and restoring a run: parameters, optimizer, step, data position and counters, together or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from kdjax.config import CheckpointConfig, Config, to_dict
+from kdjax.errors import UserError
+
+# What may differ between the run that saved and the run that goes on: where things go, not what is computed.
+_FREE = ("output", "overwrite", "log", "checkpoint", "mesh", "teacher", "train.eval_every", "train.eval_rows")
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, written asynchronously by orbax, each whole or absent.
+
+    ``state`` is the step's pytree; ``meta`` is JSON: the data position and counters. Restoring places every array by
+    the shardings of the state that is given, so the device count may change between runs.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest saved step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Start saving ``state`` as of ``step``; the arrays may be donated as soon as this returns."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        )
+
+    def restore(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The newest state, laid out like ``like``, and its ``meta``."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        restored = self._manager.restore(
+            self.latest,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
+        )
+        return restored.state, restored.meta
+
+    def wait(self) -> None:
+        """Until everything started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def refuse_other_config(saved: dict[str, Any], config: Config) -> None:
+    """Raise UserError when a checkpoint was written by a configuration that computes something else."""
+    differing = sorted(_differences(saved, to_dict(config)))
+    if differing:
+        raise UserError(
+            f"{config.output} holds a checkpoint of another configuration (differs in {', '.join(differing)}); "
+            "restore those values, choose another output, or start anew with overwrite=true"
+        )
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> set[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [k for k in {*a, *b} if f"{prefix}{k}" not in _FREE]
+        return {d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}{k}.")}
+    return set() if a == b else {prefix.rstrip(".")}

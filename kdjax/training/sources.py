@@ -1,0 +1,270 @@
+"""Where batches come from: a stream of them on the mesh, each with the hidden rows its teacher wrote.
+
+A background thread keeps the teacher ahead of the student: while step t trains, the engine's prefill of batch t + 1
+writes straight into leased rows of the pool, and only the rows' addresses come back.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from bridge.client import RemoteEngine, start_engine
+from bridge.engine import Prefill
+from bridge.hidden_pool import HiddenPool, Lease
+from kdjax.algorithms.base import Teacher
+from kdjax.config import Config
+from kdjax.data import Batch, DataStream, HostBatch, eval_batches, load_tokenizer, shared_vocabulary
+from kdjax.errors import UserError
+from kdjax.models import teacher_head
+from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
+
+
+@dataclass
+class DeviceBatch:
+    """One global batch on the mesh: ``arrays`` are stacked ``[A, ...]`` over micro-batches.
+
+    The teacher's rows alias pool memory. ``release_after(x)`` gives them back once ``x``, an output of the step that
+    read them, is ready; the compiled step calls it by itself.
+    """
+
+    arrays: Batch
+    host: HostBatch
+    position: dict[str, Any] = field(default_factory=dict)
+    """Where the data stream stands after this batch."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long the teacher, the transfer and the wait for them took."""
+    release_after: Any = lambda array: None
+
+
+class Stream:
+    """Iterates ``DeviceBatch``es for as long as the configuration's data lasts; see ``stream``."""
+
+    def __init__(self, config: Config, mesh: Mesh | None = None, *, log: Path | None = None) -> None:
+        self.config = config
+        self.mesh = mesh if mesh is not None else make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.shards = data_shards(self.mesh)
+        rows = config.train.batch_size // config.train.accumulate
+        if rows % self.shards:
+            raise UserError(
+                f"train.batch_size={config.train.batch_size} over accumulate={config.train.accumulate} leaves {rows} "
+                f"row(s) for {self.shards} data shards (mesh.data × mesh.fsdp); make it a multiple"
+            )
+        self._exit = ExitStack()
+        self._leases: deque[tuple[jax.Array, Lease]] = deque()
+        self._engine: RemoteEngine | None = None
+        self._worker: _Ahead | None = None
+        self.teachers: tuple[Teacher, ...] = ()
+        self.tokenizer = load_tokenizer(config)
+        shape = dict(
+            batch=config.train.batch_size, accumulate=config.train.accumulate, shards=self.shards,
+            seed=config.train.seed,
+        )
+        self.data = DataStream(config.data, self.tokenizer, **shape)
+        self._shape = shape
+        if config.teacher.path is not None:
+            self._connect(log)
+
+    def _connect(self, log: Path | None) -> None:
+        config, teacher = self.config, self.config.teacher
+        head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules())
+        head = replace(head, valid=shared_vocabulary(config, self.tokenizer, head))
+        self.teachers = (Teacher(head, model.hidden_size, teacher.path),)
+        dtype = teacher.dtype if teacher.dtype != "auto" else (
+            "float32" if jax.default_backend() == "cpu" else "bfloat16")
+        tokens = config.train.batch_size * config.data.max_len
+        self._slots = teacher.lookahead + 2
+        self.pool = self._exit.enter_context(
+            HiddenPool.create(rows=self._slots * (tokens + 64 * self.shards), width=model.hidden_size, dtype=dtype)
+        )
+        self._engine = self._exit.enter_context(
+            start_engine(
+                teacher.engine, teacher.path, pool=self.pool, dtype=dtype, log=log, threads=teacher.threads,
+                start_timeout=teacher.start_timeout, timeout=teacher.timeout,
+                args=_engine_args(config),
+            )
+        )
+
+    def __iter__(self) -> Iterator[DeviceBatch]:
+        return self
+
+    def __next__(self) -> DeviceBatch:
+        if self._worker is None:
+            self._worker = _Ahead(self._produce, self.config.teacher.lookahead if self._engine else 1)
+            self._exit.callback(self._worker.stop)
+        start = time.perf_counter()
+        host, position, lease, seconds = self._worker.take()
+        seconds = seconds | {"waiting": time.perf_counter() - start}
+        start = time.perf_counter()
+        arrays = self.place(host, lease)
+        batch = DeviceBatch(arrays, host, position, seconds | {"transfer": time.perf_counter() - start})
+        if lease is not None:
+            batch.release_after = lambda array: self._leases.append((array, lease))
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The data position before anything was taken; afterwards each batch carries its own ``position``."""
+        return self.data.state()
+
+    def restore(self, position: dict[str, Any]) -> None:
+        """Continue after the batch that carried ``position``. Call it before taking a batch."""
+        self.data.restore(position)
+
+    def evaluation(self) -> list[DeviceBatch]:
+        """Every held-out row once, with teacher rows computed here, once, and kept outside the pool."""
+        batches = []
+        for host in eval_batches(self.config.data, self.tokenizer, limit=self.config.train.eval_rows, **self._shape):
+            lease, _ = self._consult(host)
+            arrays = self.place(host, lease, copy=True)
+            if lease is not None:
+                jax.block_until_ready(arrays.teacher_hidden)
+                lease.release()
+            batches.append(DeviceBatch(arrays, host))
+        return batches
+
+    def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
+        """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""
+        put = lambda x, *spec: jax.device_put(x, NamedSharding(self.mesh, P(None, BATCH_AXES, *spec)))  # noqa: E731
+        batch = host.batch
+        teacher_hidden = () if lease is None else (self._view(lease, batch.rows.shape, copy),)
+        return Batch(
+            tokens=put(batch.tokens, None), positions=put(batch.positions, None),
+            segment_ids=put(batch.segment_ids, None), rows=put(batch.rows, None),
+            labels=put(batch.labels), mask=put(batch.mask), teacher_hidden=teacher_hidden,
+        )
+
+    def _view(self, lease: Lease, shape: tuple[int, int, int], copy: bool) -> jax.Array:
+        """[A, G·N, E] assembled from one view per data shard. A device that does not own the memory gets a copy."""
+        micro, shards, rows = shape
+        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES, None))
+        total = (micro, shards * rows, self.pool.width)
+        views = {}
+        pieces = []
+        for device, index in sharding.addressable_devices_indices_map(total).items():
+            shard = (index[1].start or 0) // rows
+            if shard not in views:
+                exported = lease.view(shard, shape=(micro, rows, self.pool.width))
+                views[shard] = jax.dlpack.from_dlpack(exported, copy=False)
+            view = views[shard]
+            piece = view if view.device == device else jax.device_put(view, device)
+            pieces.append(jax.numpy.array(piece, copy=True) if copy and piece is view else piece)
+        return jax.make_array_from_single_device_arrays(total, sharding, pieces)
+
+    def _produce(self) -> tuple[HostBatch, dict[str, Any], Lease | None, dict[str, float]]:
+        host = next(self.data)
+        position = self.data.state()
+        lease, seconds = self._consult(host)
+        return host, position, lease, seconds
+
+    def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
+        """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took."""
+        if self._engine is None:
+            return None, {}
+        micro, shards, rows = host.batch.rows.shape
+        self._reclaim()
+        lease = self.pool.lease([micro * rows] * shards, timeout=self.config.teacher.timeout)
+        start = time.perf_counter()
+        try:
+            self._engine.prefill([
+                Prefill(
+                    ids=placed.document.teacher_ids_or_own, spans=placed.spans,
+                    row=lease.starts[placed.shard] + placed.micro * rows + placed.offset,
+                )
+                for placed in host.documents
+            ])
+        except BaseException:
+            lease.release()
+            raise
+        return lease, {"teacher": time.perf_counter() - start}
+
+    def _reclaim(self) -> None:
+        """Give back the rows of steps that are done; with no free slot left, wait for the oldest step."""
+        while self._leases and (self._leases[0][0].is_ready() or len(self._leases) >= self._slots - 1):
+            array, lease = self._leases.popleft()
+            jax.block_until_ready(array)
+            lease.release()
+
+    @property
+    def engine(self) -> RemoteEngine | None:
+        """The running teacher."""
+        return self._engine
+
+    def close(self) -> None:
+        """Stop the teacher and free the pool; safe to call twice."""
+        self._exit.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def stream(config: Config, mesh: Mesh | None = None, *, log: Path | None = None) -> Stream:
+    """Start the teacher that ``config`` names, if any, and iterate device batches; use it in a ``with``.
+
+    Args:
+        mesh: where batches live; by default built from ``config.mesh``.
+        log: file that receives the engine's own output.
+    """
+    return Stream(config, mesh, log=log)
+
+
+def _engine_args(config: Config) -> dict[str, Any]:
+    teacher = config.teacher
+    if teacher.engine != "sglang":
+        return dict(teacher.args)
+    named = dict(
+        tp_size=teacher.tp, pp_size=teacher.pp, ep_size=teacher.ep, quantization=teacher.quantization,
+        mem_fraction_static=teacher.mem_fraction, trust_remote_code=teacher.trust_remote_code,
+    )
+    return named | teacher.args
+
+
+class _Ahead:
+    """Runs ``produce`` in a thread, at most ``depth`` results ahead of ``take``; its errors surface in ``take``."""
+
+    def __init__(self, produce: Any, depth: int) -> None:
+        self._produce, self._depth = produce, depth
+        self._results: queue.Queue = queue.Queue()
+        self._permits = threading.Semaphore(depth)
+        self._stopping = False
+        if depth:
+            self._thread = threading.Thread(target=self._run, name="kdjax-teacher", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._permits.acquire()
+            if self._stopping:
+                return
+            try:
+                self._results.put((self._produce(), None))
+            except BaseException as error:
+                self._results.put((None, error))
+                return
+
+    def take(self) -> Any:
+        if not self._depth:
+            return self._produce()
+        result, error = self._results.get()
+        if error is not None:
+            self._results.put((None, error))
+            raise error
+        self._permits.release()
+        return result
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._permits.release()

@@ -1,0 +1,128 @@
+"""The one compiled step: gradients of the algorithm's terms, accumulated over micro-batches, and an optimizer update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from kdjax.algorithms.base import Term
+from kdjax.data.batch import Batch
+
+Metrics = dict[str, jax.Array]
+
+
+class Step:
+    """A jit-compiled training step over a model and an algorithm that it keeps current.
+
+    Calling it with a device batch (arrays stacked ``[A, ...]`` over micro-batches) dispatches one update and returns
+    float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``tokens``. The state (float32
+    masters, optimizer moments, step number) is donated, so it exists once; ``model`` and ``algorithm`` always hold the
+    newest parameters.
+    """
+
+    def __init__(self, model: nnx.Module, algorithm: nnx.Module, optimizer: optax.GradientTransformation,
+                 mesh: Mesh | None = None) -> None:
+        self.model, self.algorithm, self.mesh = model, algorithm, mesh or _mesh_of(model)
+        self._graphs, params, self._frozen = _split(model, algorithm)
+        replicated = NamedSharding(self.mesh, P())
+        params = jax.tree.map(lambda x: x if x.sharding.device_set == replicated.device_set
+                              else jax.device_put(x, replicated), params)
+        self._frozen = jax.tree.map(lambda x: x if x.sharding.device_set == replicated.device_set
+                                    else jax.device_put(x, replicated), self._frozen)
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        abstract = jax.eval_shape(optimizer.init, params)
+        moments = optax.tree.map_params(optimizer, lambda _, s: s, abstract, shardings,
+                                        transform_non_params=lambda _: replicated)
+        self.shardings = {"params": shardings, "opt": moments, "step": replicated}
+        with jax.set_mesh(self.mesh):
+            opt = jax.jit(optimizer.init, out_shardings=moments)(params)
+        self.state = {"params": params, "opt": opt, "step": jax.device_put(jnp.zeros((), jnp.int32), replicated)}
+        graphs = self._graphs
+        self._update = jax.jit(
+            lambda state, frozen, batch: _update(graphs, optimizer, state, frozen, batch),
+            donate_argnums=0,
+            out_shardings=(self.shardings, replicated),
+        )
+
+    def __call__(self, batch: Any) -> Metrics:
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self._update(self.state, self._frozen, getattr(batch, "arrays", batch))
+        self._publish()
+        if hasattr(batch, "release_after"):
+            batch.release_after(metrics["loss"])
+        return metrics
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved ``state``."""
+        self.state = state
+        self._publish()
+
+    def _publish(self) -> None:
+        nnx.update(self.model, self.state["params"]["student"])
+        nnx.update(self.algorithm, self.state["params"]["extra"])
+
+
+def make_step(model: nnx.Module, algorithm: nnx.Module, optimizer: optax.GradientTransformation,
+              mesh: Mesh | None = None) -> Step:
+    """Compile-once training step; see ``Step``. ``mesh`` defaults to the one that the model's parameters live on."""
+    return Step(model, algorithm, optimizer, mesh)
+
+
+def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
+    student_graph, student, student_rest = nnx.split(model, nnx.Param, ...)
+    algorithm_graph, extra, algorithm_rest = nnx.split(algorithm, nnx.Param, ...)
+    return (
+        (student_graph, algorithm_graph),
+        {"student": student, "extra": extra},
+        {"student": student_rest, "extra": algorithm_rest},
+    )
+
+
+def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, frozen: dict, batch: Batch) -> Any:
+    micro_batches = batch.tokens.shape[0]
+
+    def terms(params: dict, micro: Batch) -> dict[str, Term]:
+        student = nnx.merge(graphs[0], params["student"], frozen["student"])
+        return nnx.merge(graphs[1], params["extra"], frozen["extra"])(student, micro)
+
+    def weighted(params: dict, micro: Batch, counts: dict) -> tuple[jax.Array, dict]:
+        out = terms(params, micro)
+        # A step without a single loss token of a kind leaves that term out rather than dividing by zero.
+        shares = {name: term.sum / jnp.maximum(counts[name], 1.0) for name, term in out.items()}
+        return sum((out[name].weight * share for name, share in shares.items()), jnp.float32(0)), shares
+
+    gradient = jax.value_and_grad(weighted, has_aux=True)
+    params = state["params"]
+    if micro_batches == 1:
+        micro = jax.tree.map(lambda x: x[0], batch)
+        counts = {name: jax.lax.stop_gradient(t.count) for name, t in terms(params, micro).items()}
+        (loss, shares), grads = gradient(params, micro, counts)
+    else:
+        # Counts depend on masks only; the compiler drops everything else of this pass.
+        counts = jax.lax.map(lambda micro: {n: t.count for n, t in terms(params, micro).items()}, batch)
+        counts = jax.tree.map(lambda c: jax.lax.stop_gradient(c.sum(0)), counts)
+
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            (loss, shares), grads = gradient(params, micro, counts)
+            return jax.tree.map(jnp.add, carry, (loss, shares, grads)), None
+
+        zeros = (jnp.float32(0), {n: jnp.float32(0) for n in counts},
+                 jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params))
+        (loss, shares, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+
+    updates, opt = optimizer.update(grads, state["opt"], params)
+    new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
+    metrics = {"loss": loss, **{n: s for n, s in shares.items() if n != "loss"}}
+    return new, metrics | {"grad_norm": optax.tree.norm(grads), "tokens": batch.mask.sum().astype(jnp.float32)}
+
+
+def _mesh_of(model: nnx.Module) -> Mesh:
+    sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=list(sharding.device_set)[:1])
