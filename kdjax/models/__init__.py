@@ -1,0 +1,27 @@
+"""Student decoders read off a Hugging Face ``config.json``: loading, random weights, export, the weight table."""
+
+from kdjax.models.checkpoint import resolve
+from kdjax.models.config import FAMILIES, ModelConfig, Rope
+from kdjax.models.decoder import REMAT, Compute, Decoder
+from kdjax.models.export import export_hf
+from kdjax.models.hf import abstract_model, init_model, load_model, teacher_head
+from kdjax.models.weights import hf_tensors, param_shardings, set_from_hf, state_shardings
+
+__all__ = [
+    "FAMILIES",
+    "REMAT",
+    "Compute",
+    "Decoder",
+    "ModelConfig",
+    "Rope",
+    "abstract_model",
+    "export_hf",
+    "hf_tensors",
+    "init_model",
+    "load_model",
+    "param_shardings",
+    "resolve",
+    "set_from_hf",
+    "state_shardings",
+    "teacher_head",
+]
