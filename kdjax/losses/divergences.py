@@ -1,0 +1,236 @@
+"""The divergences between a teacher's and a student's next-token distribution, and cross-entropy.
+
+p = softmax(teacher / τ), q = softmax(student / τ), natural logarithms, float32, no τ² factor. Each function maps
+float logits [..., V] and [..., V] to a float32 value [...] and is differentiable in both. A logit of −inf leaves its id
+out; left out on both sides it changes neither values nor gradients.
+
+Terms are added up in the form p·log(p/q) − p + q, whose last two parts cancel over the vocabulary: no term is negative,
+a term is zero with zero slope where p = q, and an error of the normalisation enters only in second order, which keeps
+float32 sums over 150,000 ids to six digits.
+
+``vocab`` says what the last axis is (see ``kdjax.losses.vocab``); leave it alone for ordinary logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from kdjax.errors import UserError
+from kdjax.losses.registry import register_divergence
+from kdjax.losses.vocab import MASKED, WHOLE, Vocab
+
+Logits = Float[Array, "*rows V"]
+Values = Float[Array, "*rows"]
+
+
+@register_divergence("kl", split_vocab=True)
+def kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE) -> Values:
+    """Forward KL(p ‖ q) = Σ p (log p − log q), the loss of Hinton et al., 1503.02531."""
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    return vocab.sum(_kl_terms(log_p, log_q))
+
+
+@register_divergence("rkl", split_vocab=True)
+def rkl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE) -> Values:
+    """Reverse KL(q ‖ p) = Σ q (log q − log p), as in MiniLLM, 2306.08543."""
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    return vocab.sum(_kl_terms(log_q, log_p))
+
+
+@register_divergence("jsd", split_vocab=True)
+def jsd(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+    vocab: Vocab = WHOLE,
+) -> Values:
+    """Generalised Jensen-Shannon: β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = βp + (1 − β)q (GKD, 2306.13649).
+
+    β weights the teacher and lies strictly between 0 and 1; at the ends the value would vanish: take kl or rkl.
+    """
+    _require("jsd_beta", jsd_beta, "strictly between 0 and 1", lambda b: 0 < b < 1)
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    log_m = _log_mixture(jsd_beta, log_p, log_q)
+    # The linear parts of the two sums cancel id by id, as m is their mixture.
+    terms = jsd_beta * jnp.exp(log_p) * (log_p - log_m) + (1 - jsd_beta) * jnp.exp(log_q) * (log_q - log_m)
+    return vocab.sum(terms)
+
+
+@register_divergence("skl", split_vocab=True)
+def skl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    skew_lambda: float = 0.1,
+    vocab: Vocab = WHOLE,
+) -> Values:
+    """Skew KL(p ‖ λp + (1 − λ)q), 0 ≤ λ < 1 (DistiLLM, 2402.03898)."""
+    _require("skew_lambda", skew_lambda, "at least 0 and below 1", lambda s: 0 <= s < 1)
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    return vocab.sum(_kl_terms(log_p, _log_mixture(skew_lambda, log_p, log_q)))
+
+
+@register_divergence("srkl", split_vocab=True)
+def srkl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    skew_lambda: float = 0.1,
+    vocab: Vocab = WHOLE,
+) -> Values:
+    """Skew reverse KL(q ‖ (1 − λ)p + λq), 0 ≤ λ < 1 (DistiLLM, 2402.03898)."""
+    _require("skew_lambda", skew_lambda, "at least 0 and below 1", lambda s: 0 <= s < 1)
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    return vocab.sum(_kl_terms(log_q, _log_mixture(skew_lambda, log_q, log_p)))
+
+
+@register_divergence("akl", split_vocab=True)
+def akl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    adaptive_alpha: float = 0.5,
+    vocab: Vocab = WHOLE,
+) -> Values:
+    """Adaptive KL: w KL(p ‖ q) + (1 − w) KL(q ‖ p), w = g_head / (g_head + g_tail) (2404.02657).
+
+    g is Σ|p − q| over the head or the tail. The tail is the least likely teacher tokens whose cumulative p stays ≤ α,
+    equal ones taken by ascending id. No gradient flows through w; it is 1 where both gaps are 0.
+    """
+    _require("adaptive_alpha", adaptive_alpha, "between 0 and 1", lambda a: 0 <= a <= 1)
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    p = lax.stop_gradient(jnp.exp(log_p))
+    gap = jnp.abs(p - lax.stop_gradient(jnp.exp(log_q)))
+    tail = _tail(lax.stop_gradient(_floored(teacher_logits / temperature)), p, adaptive_alpha, vocab)
+    in_head, in_tail = vocab.sum(jnp.where(tail, 0, gap)), vocab.sum(jnp.where(tail, gap, 0))
+    both = in_head + in_tail
+    weight = jnp.where(both > 0, in_head / jnp.where(both > 0, both, 1), 1)
+    weight = lax.stop_gradient(weight)[..., None]
+    return vocab.sum(weight * _kl_terms(log_p, log_q) + (1 - weight) * _kl_terms(log_q, log_p))
+
+
+@register_divergence("tvd", split_vocab=True)
+def tvd(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE) -> Values:
+    """Total variation distance ½ Σ |p − q|."""
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    return 0.5 * vocab.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
+
+
+@register_divergence("top1_ce", split_vocab=True)
+def top1_ce(
+    student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE
+) -> Values:
+    """−max p · log q[argmax p]: cross-entropy on the teacher's choice (the lowest id of equal ones), weighted by p."""
+    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
+    best = vocab.argmax(teacher_logits)
+    return -jnp.exp(vocab.at(log_p, best)) * vocab.at(log_q, best)
+
+
+@register_divergence("hrl", split_vocab=True)
+def hrl(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    temperature: float = 1.0,
+    hrl_topk: int = 5,
+    vocab: Vocab = WHOLE,
+) -> Values:
+    """Hinge ranking loss on the ``hrl_topk`` most likely ids T of p and S of q.
+
+    Σ_i max(0, q[T_i] − q[T_0]) + Σ_ij 1[p[T_i] > p[S_j]] · max(0, q[S_j] − q[T_i]). Its definition has no temperature:
+    the argument is there so that all divergences are called alike, and has no effect.
+    """
+    _require("hrl_topk", hrl_topk, "a whole number of at least 1", lambda k: k >= 1 and k == int(k))
+    size = vocab.size(student_logits.shape[-1])
+    if hrl_topk > size:
+        raise UserError(f"hrl_topk is {hrl_topk}, more than the vocabulary's {size} ids")
+    log_q, _ = _log_probs(student_logits, teacher_logits, 1.0, vocab)
+    ranks = lax.stop_gradient(_floored(teacher_logits))  # ordered as p, and finer than p in float32
+    teacher_top, student_top = vocab.top_k(ranks, hrl_topk), vocab.top_k(_floored(student_logits), hrl_topk)
+    q_teacher, q_student = jnp.exp(vocab.take(log_q, teacher_top)), jnp.exp(vocab.take(log_q, student_top))
+    p_teacher, p_student = vocab.take(ranks, teacher_top), vocab.take(ranks, student_top)
+    swapped = p_teacher[..., :, None] > p_student[..., None, :]
+    misplaced = jax.nn.relu(q_student[..., None, :] - q_teacher[..., :, None])
+    return jax.nn.relu(q_teacher - q_teacher[..., :1]).sum(-1) + jnp.where(swapped, misplaced, 0).sum((-2, -1))
+
+
+@register_divergence("ce", split_vocab=True)
+def ce(student_logits: Logits, labels: Int[Array, "*rows"], *, vocab: Vocab = WHOLE) -> Values:
+    """Cross-entropy −log q[label] at τ = 1, over the student's whole softmax."""
+    return -vocab.at(vocab.log_softmax(_floored(student_logits)), labels)
+
+
+def _floored(logits: Array) -> Array:
+    return jnp.maximum(logits.astype(jnp.float32), MASKED)
+
+
+def _log_probs(student: Array, teacher: Array, temperature: float, vocab: Vocab) -> tuple[Array, Array]:
+    _require("temperature", temperature, "above 0", lambda t: t > 0)
+    if student.shape[-1] != teacher.shape[-1]:
+        raise UserError(
+            f"student logits {student.shape} and teacher logits {teacher.shape} differ in vocabulary; "
+            "cut both to the common ids and mask those that one side lacks by -inf"
+        )
+    log_q, log_p = (vocab.log_softmax(_floored(x / temperature)) for x in (student, teacher))
+    return log_q, log_p
+
+
+def _kl_terms(log_a: Array, log_b: Array) -> Array:
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    return a * (log_a - log_b) - a + b
+
+
+def _log_mixture(share: float, log_a: Array, log_b: Array) -> Array:
+    """log(share · a + (1 − share) · b); where both vanish some finite number, which is only ever multiplied by 0."""
+    mixture = share * jnp.exp(log_a) + (1 - share) * jnp.exp(log_b)
+    return jnp.log(jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny))
+
+
+def _tail(logits: Array, p: Array, alpha: float, vocab: Vocab) -> Bool[Array, "*rows V"]:
+    """The tail of akl by two bisections, on the threshold and on the last id taken at the threshold.
+
+    Sorting would need whole rows on one device, and on every kind of device costs more than these masked sums.
+    """
+    # The integer order of these keys is the order of the floats.
+    bits = lax.bitcast_convert_type(logits, jnp.int32)
+    key = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    ids = vocab.ids(p.shape[-1])
+    rows = p.shape[:-1]
+
+    def exceeds(taken: Array) -> Array:
+        return vocab.sum(jnp.where(taken, p, 0)) > alpha
+
+    def first(exceeds_at: Callable[[Array], Array], low: int, high: int, steps: int) -> Array:
+        """The smallest number in (low, high] whose test holds; ``high`` if none does."""
+
+        def halve(_, span: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = span
+            middle = (low & high) + ((low ^ high) >> 1)  # the mean rounded down, without overflow
+            over = exceeds_at(middle)
+            return jnp.where(over, low, middle), jnp.where(over, middle, high)
+
+        span = jnp.full(rows, low, jnp.int32), jnp.full(rows, high, jnp.int32)
+        return lax.fori_loop(0, steps, halve, span)[1]
+
+    info = jnp.iinfo(jnp.int32)
+    threshold = first(lambda t: exceeds(key <= t[..., None]), info.min, info.max, 32)[..., None]
+    below, at = key < threshold, key == threshold
+    size = vocab.size(p.shape[-1])
+    last = first(lambda i: exceeds(below | (at & (ids <= i[..., None]))), -1, size, size.bit_length())
+    return below | (at & (ids < last[..., None]))
+
+
+def _require(name: str, value: float, what: str, holds: Callable[[float], bool]) -> None:
+    # A traced value, such as a scheduled temperature, is known only on the device.
+    if not isinstance(value, jax.core.Tracer) and not holds(value):
+        raise UserError(f"{name} is {value}, it must be {what}")

@@ -1,0 +1,237 @@
+"""Losses from hidden rows and heads: what a training step calls.
+
+Each function takes hidden rows [N, width] and heads and never makes logits of all rows. Under a mesh (``mesh=`` or
+``jax.set_mesh``) rows are split over ("data", "fsdp") and the vocabulary over "tensor".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from kdjax.errors import UserError
+from kdjax.losses.chunks import Fixed, Plan, Side, totals_and_sums
+from kdjax.losses.divergences import ce, kl, rkl
+from kdjax.losses.head import Head, as_head
+from kdjax.losses.registry import Divergence, find_divergence
+from kdjax.losses.vocab import Vocab, masked
+
+Scalar = Float[Array, ""]
+
+
+def linear_divergence(
+    student_hidden: Float[Array, "N D"],
+    student_head: Head | Float[Array, "D V"],
+    teacher_hidden: Float[Array, "N E"],
+    teacher_head: Head | Float[Array, "E V"],
+    *,
+    divergence: str | Callable[..., Array] = "kl",
+    labels: Int[Array, " N"] | None = None,
+    mask: Bool[Array, " N"],
+    temperature: float = 1.0,
+    mesh: Mesh | AbstractMesh | None = None,
+    chunk_rows: int | None = None,
+    **params: Any,
+) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, Scalar]:
+    """The divergence of two models from their hidden rows, summed over the rows in ``mask``: ``(sum, count)``.
+
+    With ``labels``, cross-entropy of the same student logits as well: ``(divergence sum, cross-entropy sum, count)``,
+    each differentiable on its own (which takes a gradient product for each: train on ``linear_objective``).
+
+    Ids that are not valid in both heads, or that one head lacks, are left out of the divergence on both sides;
+    cross-entropy uses the student's whole softmax. A gradient is formed for what is differentiated, the teacher's
+    hidden rows and head included, and for nothing else.
+
+    Args:
+        divergence: a name, ``path/my.py:function``, or a function of logits; ``params`` and ``temperature`` go to it.
+        mask: rows that carry loss. The others may hold anything.
+        mesh: how to split rows and vocabulary; by default the ambient one.
+        chunk_rows: rows whose logits exist at a time on one device; by default as many as fit 160 MB.
+
+    Returns float32 scalars. Raises UserError for shapes that do not fit and for what ``divergence`` refuses.
+    """
+    student, teacher = as_head(student_head), as_head(teacher_head)
+    found = _comparison(divergence)
+    static, traced = _split(found.checked(temperature, params))
+    values = Terms(found, static, labels is not None)
+    rows = (student_hidden, student), (teacher_hidden, teacher)
+    totals, _ = _totals(values, rows, labels, mask, traced, jnp.eye(1 + values.cross_entropy), mesh, chunk_rows)
+    return *totals, _count(mask)
+
+
+def linear_objective(
+    student_hidden: Float[Array, "N D"],
+    student_head: Head | Float[Array, "D V"],
+    teacher_hidden: Float[Array, "N E"] | None,
+    teacher_head: Head | Float[Array, "E V"] | None,
+    *,
+    labels: Int[Array, " N"],
+    mask: Bool[Array, " N"],
+    kd_ratio: float | Scalar = 0.5,
+    divergence: str | Callable[..., Array] = "kl",
+    temperature: float = 1.0,
+    mesh: Mesh | AbstractMesh | None = None,
+    chunk_rows: int | None = None,
+    **params: Any,
+) -> tuple[Scalar, Scalar, dict[str, Scalar]]:
+    """(1 − kd_ratio) · cross-entropy + kd_ratio · divergence, summed over the rows in ``mask``.
+
+    Returns ``(total, count, {"kd": sum, "ce": sum})``: the total is differentiable and costs one gradient product a
+    matrix, the parts are reports without gradient. Without a teacher, or with ``kd_ratio=0``, it is cross-entropy
+    alone: the teacher's logits are not computed and there is no "kd". Arguments, rules and errors are those of
+    ``linear_divergence``; ``kd_ratio`` may be a traced number, as of a schedule, and gets no gradient.
+    """
+    known = not isinstance(kd_ratio, jax.Array)
+    if known and not 0 <= kd_ratio <= 1:
+        raise UserError(f"kd_ratio is {kd_ratio}, it must be between 0 and 1")
+    student = student_hidden, as_head(student_head)
+    if teacher_hidden is None or teacher_head is None or (known and kd_ratio == 0):
+        total, sums = _totals(Terms(None, (), True), (student,), labels, mask, {}, jnp.ones((1, 1)), mesh, chunk_rows)
+        return total[0], _count(mask), {"ce": sums[0]}
+    found = _comparison(divergence)
+    static, traced = _split(found.checked(temperature, params))
+    mixture = jnp.stack([jnp.asarray(kd_ratio, jnp.float32), 1 - jnp.asarray(kd_ratio, jnp.float32)])[None]
+    rows = student, (teacher_hidden, as_head(teacher_head))
+    total, (kd_sum, ce_sum) = _totals(
+        Terms(found, static, True), rows, labels, mask, traced, mixture, mesh, chunk_rows
+    )
+    return total[0], _count(mask), {"kd": kd_sum, "ce": ce_sum}
+
+
+def linear_statistics(
+    student_hidden: Float[Array, "N D"],
+    student_head: Head | Float[Array, "D V"],
+    teacher_hidden: Float[Array, "N E"] | None = None,
+    teacher_head: Head | Float[Array, "E V"] | None = None,
+    *,
+    labels: Int[Array, " N"],
+    mask: Bool[Array, " N"],
+    mesh: Mesh | AbstractMesh | None = None,
+    chunk_rows: int | None = None,
+) -> dict[str, Scalar]:
+    """Sums over the rows in ``mask`` for evaluation, at τ = 1 and without gradient.
+
+    Of the student, over its whole softmax: ``ce`` (−log q[label]), ``accuracy`` (its choice is the label), ``entropy``.
+    With a teacher also ``teacher_ce`` and ``teacher_entropy`` over its whole softmax, and over the ids valid in both
+    ``kl`` (of p from q), ``rkl`` (of q from p) and ``agreement`` (both make the same choice). ``count`` is the rows.
+    """
+    rows = [(student_hidden, as_head(student_head))]
+    if teacher_hidden is not None and teacher_head is not None:
+        rows.append((teacher_hidden, as_head(teacher_head)))
+    names = STATISTICS if len(rows) == 2 else STATISTICS[:3]
+    mixture = jnp.zeros((0, len(names)))
+    _, sums = _totals(_statistics, tuple(rows), labels, mask, {}, mixture, mesh, chunk_rows)
+    return dict(zip(names, sums, strict=True)) | {"count": _count(mask)}
+
+
+STATISTICS = ("ce", "accuracy", "entropy", "teacher_ce", "teacher_entropy", "kl", "rkl", "agreement")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The values of a row: of the divergence, if there is one, then cross-entropy, if it is wanted."""
+
+    divergence: Divergence | None
+    params: tuple[tuple[str, Any], ...]
+    cross_entropy: bool
+
+    def __call__(self, student, teacher, labels, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
+        values = []
+        if self.divergence is not None:
+            values.append(
+                self.divergence(*_common(student, teacher, keep), vocab=vocab, **dict(self.params), **traced)
+            )
+        if self.cross_entropy:
+            values.append(ce(student, labels, vocab=vocab))
+        return tuple(values)
+
+
+def _statistics(student, teacher, labels, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
+    def own(logits: Array) -> tuple[Array, Array]:
+        log_q = vocab.log_softmax(logits)
+        return -vocab.at(log_q, labels), -vocab.sum(jnp.exp(log_q) * log_q)
+
+    student_ce, entropy = own(student)
+    values = student_ce, (vocab.argmax(student) == labels).astype(jnp.float32), entropy
+    if teacher is None:
+        return values
+    q, p = _common(student, teacher, keep)
+    same = vocab.argmax(q) == vocab.argmax(p)
+    return *values, *own(teacher), kl(q, p, vocab=vocab), rkl(q, p, vocab=vocab), same.astype(jnp.float32)
+
+
+def _common(student: Array, teacher: Array, keep: Array | None) -> tuple[Array, Array]:
+    """Both logits on the ids that both heads have, without those that are not valid in both."""
+    columns = min(student.shape[-1], teacher.shape[-1])
+    return masked(student[..., :columns], keep), masked(teacher[..., :columns], keep)
+
+
+def _totals(values, rows, labels, mask, traced, mixture, mesh, chunk_rows) -> tuple[Array, Array]:
+    heads = [head for _, head in rows]
+    _check(rows, labels, mask, chunk_rows)
+    plan = Plan(
+        values=values,
+        heads=tuple(replace(head, weight=None, bias=None, valid=None) for head in heads),
+        sizes=tuple(head.vocabulary for head in heads),
+        chunk_rows=chunk_rows,
+        mesh=_ambient() if mesh is None else mesh,
+    )
+    sides = tuple(Side(hidden, head.weight, head.bias) for hidden, head in rows)
+    fixed = Fixed(labels, mask, _valid_in_both(heads), jax.lax.stop_gradient(mixture), jax.lax.stop_gradient(traced))
+    return totals_and_sums(plan, sides, fixed)
+
+
+def _valid_in_both(heads: list[Head]) -> Array | None:
+    known = [head.valid for head in heads if head.valid is not None]
+    columns = min(head.vocabulary for head in heads)
+    if len(heads) == 1 or not known:
+        return None
+    keep = known[0][:columns]
+    return keep if len(known) == 1 else keep & known[1][:columns]
+
+
+def _ambient() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def _count(mask: Array) -> Scalar:
+    return mask.sum(dtype=jnp.float32)
+
+
+def _comparison(divergence: str | Callable[..., Array]) -> Divergence:
+    found = find_divergence(divergence)
+    if found.fn is ce:
+        raise UserError("divergence 'ce' compares with labels, not with a teacher; for cross-entropy set kd_ratio to 0")
+    return found
+
+
+def _split(params: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[str, Array]]:
+    """Parameters that are part of the program, and those that are arrays: scheduled ones do not compile again."""
+    traced = {name: value for name, value in params.items() if isinstance(value, jax.Array)}
+    return tuple(sorted((name, value) for name, value in params.items() if name not in traced)), traced
+
+
+def _check(rows, labels, mask, chunk_rows) -> None:
+    count = mask.shape[0]
+    for side, (hidden, head) in zip(("student", "teacher"), rows, strict=False):
+        if hidden.ndim != 2 or head.weight.ndim != 2 or hidden.shape[1] != head.width:
+            raise UserError(
+                f"{side}: hidden rows {hidden.shape} and head {head.weight.shape} in layout {head.layout!r} do not "
+                f"fit; rows must be [N, {head.width}]"
+            )
+        if hidden.shape[0] != count:
+            raise UserError(f"{side}: {hidden.shape[0]} hidden rows, but the mask has {count}")
+        for name, array in (("bias", head.bias), ("valid", head.valid)):
+            if array is not None and array.shape != (head.vocabulary,):
+                raise UserError(f"{side}: head {name} has shape {array.shape}, it must be ({head.vocabulary},)")
+    if labels is not None and labels.shape != mask.shape:
+        raise UserError(f"labels have shape {labels.shape}, but the mask has {mask.shape}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise UserError(f"chunk_rows is {chunk_rows}, it must be at least 1")
