@@ -1,0 +1,23 @@
+"""from rows in files to static batches: formats, chat templates, packing and the resumable stream."""
+
+from kdjax.data.batch import Batch, Document, HostBatch, Placed, bucket, collate
+from kdjax.data.stream import DataStream, Statistics, eval_batches
+from kdjax.data.template import Encoder
+from kdjax.data.vocabulary import VocabularyMatch, compare_vocabularies, load_tokenizer, valid_ids
+
+__all__ = [
+    "Batch",
+    "DataStream",
+    "Document",
+    "Encoder",
+    "HostBatch",
+    "Placed",
+    "Statistics",
+    "VocabularyMatch",
+    "bucket",
+    "collate",
+    "compare_vocabularies",
+    "eval_batches",
+    "load_tokenizer",
+    "valid_ids",
+]

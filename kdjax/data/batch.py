@@ -1,0 +1,203 @@
+"""documents, and the static batches they are laid out in: the one place where targets are shifted.
+
+Row t of a document carries loss when token t+1 is one of its loss tokens; its label is that token. Everything after
+this module works on loss rows and never shifts again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+BUCKETS = 8  # N takes one of this many sizes, so at most this many steps are ever compiled
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One tokenized text. ``loss[t]`` says that token t, as a target, carries loss; the first token never does.
+
+    ``teacher_ids`` and ``teacher_loss`` are there when the teacher reads another prompt (context distillation). Its loss
+    tokens are then the very same tokens in the same order, so row i of one lines up with row i of the other.
+    """
+
+    ids: Int32[np.ndarray, "T"]
+    loss: Bool[np.ndarray, "T"]
+    source: str
+    teacher_ids: Int32[np.ndarray, "U"] | None = None
+    teacher_loss: Bool[np.ndarray, "U"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.loss.shape or self.ids.ndim != 1 or not self.ids.size or self.loss[0]:
+            raise ValueError(f"{self.source}: ids and loss must be equally long and the first token carries no loss")
+        if (self.teacher_ids is None) != (self.teacher_loss is None):
+            raise ValueError(f"{self.source}: teacher_ids and teacher_loss go together")
+        if self.teacher_ids is not None and not np.array_equal(self.teacher_labels, self.labels):
+            raise ValueError(f"{self.source}: the teacher's loss tokens differ from the student's")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def loss_rows(self) -> Int32[np.ndarray, "n"]:
+        """Positions whose next token is a loss token, ascending."""
+        return np.flatnonzero(self.loss[1:]).astype(np.int32)
+
+    @cached_property
+    def labels(self) -> Int32[np.ndarray, "n"]:
+        return self.ids[self.loss_rows + 1]
+
+    @property
+    def teacher_labels(self) -> Int32[np.ndarray, "n"]:
+        ids, loss = self.teacher_view
+        return ids[np.flatnonzero(loss[1:]) + 1]
+
+    @property
+    def teacher_view(self) -> tuple[Int32[np.ndarray, "U"], Bool[np.ndarray, "U"]]:
+        """What the teacher reads: its own ids and loss mask, or the student's."""
+        return (self.ids, self.loss) if self.teacher_ids is None else (self.teacher_ids, self.teacher_loss)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """Rows that carry loss as half-open ``(start, stop)`` runs, ascending."""
+        return _runs(self.loss[1:])
+
+    @cached_property
+    def teacher_request(self) -> tuple[Int32[np.ndarray, "U"], Spans]:
+        """Ids for the teacher's prefill, and the runs of its rows that carry loss: as many rows as ``labels``."""
+        ids, loss = self.teacher_view
+        return ids, _runs(loss[1:])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, or a stack of A of them with a leading axis; numpy on the host, jax.Array on devices.
+
+    Segment 0 is padding, segments count from 1 within a row and positions restart with each. ``rows`` index the
+    flattened ``[B/G * S]`` positions of a data shard, so gathering never leaves the shard; padding entries are 0, with
+    ``mask`` False. ``teacher_hidden`` has one array a teacher and is filled in by whatever asked the teachers.
+    """
+
+    tokens: Int32[Array | np.ndarray, "*A B S"]
+    positions: Int32[Array | np.ndarray, "*A B S"]
+    segment_ids: Int32[Array | np.ndarray, "*A B S"]
+    rows: Int32[Array | np.ndarray, "*A G N"]
+    labels: Int32[Array | np.ndarray, "*A G*N"]
+    mask: Bool[Array | np.ndarray, "*A G*N"]
+    teacher_hidden: tuple[Any, ...] = ()
+
+    def gather(self, x: Float[Array, "B S D"]) -> Float[Array, "G*N D"]:
+        """The loss rows of ``x``, shard after shard; padding entries repeat the shard's first row."""
+        shards, count = self.rows.shape
+        local = x.reshape(shards, -1, x.shape[-1])
+        return jnp.take_along_axis(local, self.rows[:, :, None], axis=1).reshape(shards * count, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a document went. Its n loss rows are ``rows[micro, shard, offset : offset + n]``, and its teacher rows
+    belong at the same offset of the same shard; its tokens stand in row ``row`` from column ``start`` on."""
+
+    document: Document
+    micro: int
+    shard: int
+    offset: int
+    row: int
+    start: int
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """All micro-batches of one optimizer step, still on the host.
+
+    ``tokens`` counts positions that hold a token, ``padding`` the others, ``loss_tokens`` the rows that carry loss.
+    ``state`` is the stream's position right after this batch: save it with the step that used the batch.
+    """
+
+    batch: Batch
+    documents: tuple[Placed, ...]
+    tokens: int
+    loss_tokens: int
+    padding: int
+    state: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+def bucket(count: int, capacity: int) -> int:
+    """The static number of loss rows for ``count`` of at most ``capacity``: the next multiple of an eighth of it."""
+    step = -(-capacity // BUCKETS)
+    return min(capacity, max(1, -(-count // step)) * step)
+
+
+def collate(
+    rows: Sequence[Sequence[Document]], *, batch: int, seq_len: int, accumulate: int = 1, shards: int = 1
+) -> HostBatch:
+    """Lay out at most ``accumulate * batch`` rows, each a list of documents, as one HostBatch.
+
+    Rows are dealt to micro-batches and data shards so that each gets nearly the same number of loss rows: N is the
+    largest of them, and every device does the same work. Missing rows are padding.
+    """
+    if batch % shards:
+        raise ValueError(f"{batch} rows do not divide over {shards} data shards")
+    if len(rows) > accumulate * batch:
+        raise ValueError(f"{len(rows)} rows do not fit {accumulate} micro-batches of {batch}")
+    per_shard = batch // shards
+    groups = _deal([sum(len(d.labels) for d in row) for row in rows], accumulate * shards, per_shard)
+    loss_rows = [sum(len(d.labels) for i in group for d in rows[i]) for group in groups]
+    size = bucket(max(loss_rows), per_shard * seq_len)
+
+    shape = (accumulate, batch, seq_len)
+    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    index, labels = (np.zeros((accumulate, shards, size), np.int32) for _ in range(2))
+    mask = np.zeros((accumulate, shards, size), bool)
+    placed = []
+    for g, group in enumerate(groups):
+        micro, shard = divmod(g, shards)
+        offset = 0
+        for slot, i in enumerate(group):
+            row, start = shard * per_shard + slot, 0
+            for segment, document in enumerate(rows[i], start=1):
+                stop, end = start + len(document), offset + len(document.labels)
+                if stop > seq_len:
+                    raise ValueError(f"{document.source}: does not fit a row of {seq_len} tokens")
+                tokens[micro, row, start:stop] = document.ids
+                positions[micro, row, start:stop] = np.arange(len(document))
+                segments[micro, row, start:stop] = segment
+                index[micro, shard, offset:end] = document.loss_rows + (slot * seq_len + start)
+                labels[micro, shard, offset:end] = document.labels
+                mask[micro, shard, offset:end] = True
+                placed.append(Placed(document, micro, shard, offset, row, start))
+                start, offset = stop, end
+    flat = (accumulate, shards * size)
+    used = sum(len(d) for row in rows for d in row)
+    return HostBatch(
+        batch=Batch(tokens, positions, segments, index, labels.reshape(flat), mask.reshape(flat)),
+        documents=tuple(placed),
+        tokens=used,
+        loss_tokens=sum(loss_rows),
+        padding=tokens.size - used,
+    )
+
+
+def _deal(weights: Sequence[int], groups: int, room: int) -> list[list[int]]:
+    """Indices of ``weights`` in ``groups`` lists of at most ``room``: heaviest first, each to the lightest list."""
+    dealt: list[list[int]] = [[] for _ in range(groups)]
+    totals = [0] * groups
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        g = min((g for g in range(groups) if len(dealt[g]) < room), key=lambda g: (totals[g], len(dealt[g])))
+        dealt[g].append(i)
+        totals[g] += weights[i]
+    return dealt
+
+
+def _runs(flags: Bool[np.ndarray, "T"]) -> Spans:
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
+    return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))

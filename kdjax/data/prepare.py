@@ -1,0 +1,133 @@
+"""one row of a source → its documents, or the reason why there are none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from kdjax.data.batch import Document
+from kdjax.data.files import Rows, RowRange, open_rows
+from kdjax.data.formats import RowError, RowReader, choose_reader
+from kdjax.data.template import Encoder
+from kdjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of a row: documents to train on, and what was left out of it.
+
+    ``bad`` is the fault of a malformed row, with its place. The other numbers count documents: too long and dropped,
+    too long and cut, without a loss token. ``longest`` is the length of the longest before that.
+    """
+
+    documents: tuple[Document, ...] = ()
+    bad: str | None = None
+    dropped: int = 0
+    truncated: int = 0
+    without_loss: int = 0
+    longest: int = 0
+
+
+class Prepare:
+    """Maps a row number of one source to what becomes of the row; called from several threads."""
+
+    def __init__(self, rows: Rows, reader: RowReader, encoder: Encoder, data: Any, max_len: int, vocab_size: int | None):
+        self._rows, self._reader, self._encoder = rows, reader, encoder
+        self._truncate, self._max_len, self._vocab_size = data.on_long_row == "truncate", max_len, vocab_size
+
+    def __call__(self, index: int) -> Prepared:
+        where = self._rows.where(index)
+        try:
+            documents = self._encoder(self._reader(self._rows[index]), where)
+            for document in documents:
+                self._check_ids(document)
+        except RowError as error:
+            return Prepared(bad=f"{where}: {error}")
+        kept, dropped, truncated, without_loss = [], 0, 0, 0
+        longest = max(_length(document) for document in documents)
+        for document in documents:
+            if _length(document) > self._max_len:
+                if not self._truncate:
+                    dropped += 1
+                    continue
+                truncated += 1
+                document = truncate(document, self._max_len)
+            if document is None or not len(document.labels):
+                without_loss += 1
+            else:
+                kept.append(document)
+        return Prepared(tuple(kept), None, dropped, truncated, without_loss, longest)
+
+    def _check_ids(self, document: Document) -> None:
+        top = max(int(ids.max()) for ids in (document.ids, document.teacher_view[0]))
+        if self._vocab_size is not None and top >= self._vocab_size:
+            raise RowError(f"token id {top} is beyond the model's {self._vocab_size} ids; use the model's own tokenizer")
+
+
+def truncate(document: Document, max_len: int) -> Document | None:
+    """The document cut at its end to ``max_len`` tokens; what the teacher reads is cut to the same loss tokens.
+
+    None when nothing that carries loss is left.
+    """
+    student, teacher = document.loss_rows, np.flatnonzero(document.teacher_view[1][1:])
+    # loss row r needs tokens up to r + 1
+    kept = min(np.searchsorted(student, max_len - 1), np.searchsorted(teacher, max_len - 1))
+    if kept == 0:
+        return None
+    cut = max_len if kept == len(student) else min(max_len, int(student[kept - 1]) + 2)
+    short = dataclasses.replace(document, ids=document.ids[:cut], loss=document.loss[:cut])
+    if document.teacher_ids is None:
+        return short
+    end = int(teacher[kept - 1]) + 2
+    return Document(
+        short.ids, short.loss, document.source, document.teacher_ids[:end], document.teacher_loss[:end]
+    )
+
+
+def open_sources(
+    sources: Sequence[Any], data: Any, tokenizer: Any, *, max_len: int, vocab_size: int | None, seed: int
+) -> list[grain.MapDataset]:
+    """Each source as a grain dataset of Prepared rows, in file order. Raises UserError for one that cannot be read."""
+    encoder = Encoder(
+        tokenizer,
+        chat_template=None if data.chat_template is None else _read_template(data.chat_template),
+        template_args=data.template_args,
+        train_on=data.train_on,
+    )
+    opened = []
+    for source in sources:
+        rows = open_rows(source.path, source.split)
+        if source.max_samples is not None:
+            rows = RowRange(rows, 0, source.max_samples)
+        reader = choose_reader(source, _columns(rows, source.path, data.on_bad_row), source.path, system=data.system)
+        prepare = Prepare(rows, reader, encoder, data, max_len, vocab_size)
+        opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(prepare))
+    return opened
+
+
+def _columns(rows: Rows, path: str, on_bad_row: str) -> list[str]:
+    """Columns of the first row that can be read."""
+    for i in range(min(len(rows), 1000)):
+        try:
+            return list(rows[i])
+        except RowError as error:
+            if on_bad_row == "stop":
+                raise UserError(f"{rows.where(i)}: {error}") from None
+    raise UserError(f"{path}: none of the first {min(len(rows), 1000)} rows can be read; is it what its name says?")
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template: {path} cannot be read ({getattr(error, 'strerror', 'not text')})") from None
+
+
+def _length(document: Document) -> int:
+    return max(len(document), len(document.teacher_view[0]))

@@ -1,0 +1,315 @@
+"""the resumable stream of batches: read, shuffle, mix, tokenize (grain), pack, lay out."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import grain
+import numpy as np
+
+from kdjax.data.batch import Document, HostBatch, collate
+from kdjax.data.packing import pack
+from kdjax.data.prepare import Prepared, open_sources
+from kdjax.errors import UserError
+
+# Documents read for a group of rows, as a share of what the rows hold: the surplus gives the packer something to choose
+# from, and what finds no room opens the next group.
+SURPLUS = 1.25
+
+
+@dataclass
+class Statistics:
+    """What the stream has read and handed out so far, for the run's report."""
+
+    rows: int = 0
+    """Rows read, the unusable ones included."""
+    documents: int = 0
+    """Documents made of them."""
+    skipped: int = 0
+    """Malformed rows (with on_bad_row: skip)."""
+    dropped: int = 0
+    """Documents longer than max_len that were left out."""
+    truncated: int = 0
+    """Documents longer than max_len that were cut."""
+    without_loss: int = 0
+    """Documents without a token to learn from."""
+    longest: int = 0
+    """Tokens of the longest document, before dropping or cutting."""
+    batches: int = 0
+    """Batches handed out."""
+    tokens: int = 0
+    """Tokens in them."""
+    loss_tokens: int = 0
+    """Tokens that carry loss in them."""
+    positions: int = 0
+    """Positions in them, padding included."""
+
+    @property
+    def padding(self) -> float:
+        """Share of all positions that hold no token."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0
+
+
+class DataStream(Iterator[HostBatch]):
+    """An iterator of HostBatches whose order depends on the data, the configuration and the seed alone.
+
+    Args:
+      data: the ``data`` group of the configuration (or anything with the same fields).
+      tokenizer: a fast transformers tokenizer.
+      batch: rows in a micro-batch (B), over all data shards; ``accumulate`` (A) of them make a HostBatch.
+      shards: data shards (G); must divide ``batch``.
+      seq_len: tokens in a row (S); ``data.max_len`` by default. Documents longer than it are dropped or cut.
+      seed: decides order and mixture.
+      epochs: passes over the data; None never ends. Several sources mixed by weight count as one data set with as many
+        rows as all of them together.
+      vocab_size: ids of the model; a row with others is malformed.
+      sources: ``data.train`` by default.
+      in_order: one source after the other, in file order and without weights (packing still groups documents).
+      max_rows: read at most this many rows in all.
+
+    At the end of the data the last batch is filled up with padding, so every document is seen once an epoch; nothing is
+    dropped. With packing, rows are filled ``data.packing_bins`` at a time, so a few documents of two epochs may share a
+    row. All processes of a run read the same stream and take their part of each batch.
+
+    Raises UserError for bad input, while opening or when the row comes up.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        tokenizer: Any,
+        *,
+        batch: int,
+        accumulate: int = 1,
+        shards: int = 1,
+        seq_len: int | None = None,
+        seed: int = 0,
+        epochs: float | None = None,
+        vocab_size: int | None = None,
+        sources: Sequence[Any] | None = None,
+        in_order: bool = False,
+        max_rows: int | None = None,
+    ):
+        if batch % shards:
+            raise UserError(f"train: a micro-batch of {batch} rows does not divide over {shards} data shards")
+        self._data, self._shape = data, {"batch": batch, "accumulate": accumulate, "shards": shards}
+        self._seq_len = data.max_len if seq_len is None else seq_len
+        self._seed = seed
+        sources = data.train if sources is None else sources
+        opened = open_sources(
+            sources, data, tokenizer, max_len=self._seq_len, vocab_size=vocab_size, seed=seed
+        )
+        self._sizes = [len(rows) for rows in opened]
+        self.rows_per_epoch = sum(self._sizes)
+        weights = [None if in_order else source.weight for source in sources]
+        self._rows = _order(opened, weights, data.shuffle and not in_order, seed)
+        ends = [] if epochs is None else [max(1, round(epochs * self.rows_per_epoch))]
+        self._end = min([*ends, *([] if max_rows is None else [max_rows])], default=None)
+        self._reader = self._read()
+        self.statistics = Statistics()
+        self._start_group(next_row=0, waiting=[])
+
+    def __next__(self) -> HostBatch:
+        want = self._shape["batch"] * self._shape["accumulate"]
+        rows = list(itertools.islice(self._packed_rows(), want))
+        if not rows:
+            raise StopIteration
+        host = collate(rows, seq_len=self._seq_len, **self._shape)
+        self.statistics.batches += 1
+        self.statistics.tokens += host.tokens
+        self.statistics.loss_tokens += host.loss_tokens
+        self.statistics.positions += host.tokens + host.padding
+        return replace(host, state=self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch: plain numbers, ready for JSON. Exact, inside a group of rows too."""
+        return copy.deepcopy(
+            {
+                "seed": self._seed,
+                "sizes": self._sizes,
+                "group": self._group,
+                "emitted": self._emitted,
+                "statistics": asdict(self.statistics),
+            }
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``. Batch, accumulation and shards may differ from those of the run that saved it.
+
+        Raises UserError when the data or the seed are not the same.
+        """
+        for key, mine in (("seed", self._seed), ("sizes", self._sizes)):
+            if state[key] != mine:
+                what = "seed" if key == "seed" else "number of rows in the sources"
+                raise UserError(f"data: the {what} was {state[key]} when the checkpoint was saved and is {mine} now")
+        group = state["group"]
+        wanted = {tuple(name) for name in group["waiting"]}
+        first = min((row for row, _ in wanted), default=group["next_row"])
+        self._reader.set_state({"next_index": first})
+        waiting = []
+        for row in range(first, group["next_row"]):
+            documents = next(self._reader).documents
+            waiting += [((row, i), d) for i, d in enumerate(documents) if (row, i) in wanted]
+        self.statistics = Statistics(**group["read"])
+        self._start_group(group["next_row"], waiting, group["number"])
+        if state["emitted"]:
+            self._fill()
+            self._emitted = state["emitted"]
+        self.statistics = Statistics(**state["statistics"])
+
+    def close(self) -> None:
+        """Stop the reading threads."""
+        self._reader.close()
+
+    def estimate_batches(self, epochs: float = 1.0, sample: int = 2000) -> int:
+        """How many batches ``epochs`` passes make, judged by packing at most ``sample`` rows spread over the data.
+
+        Reads and tokenizes those rows anew. Depends on data, configuration and seed alone, so an interrupted run and an
+        uninterrupted one get the same number.
+        """
+        total = max(1, round(epochs * self.rows_per_epoch))
+        count = min(sample, self.rows_per_epoch)
+        chosen = (self._rows[i * self.rows_per_epoch // count] for i in range(count))
+        lengths = [len(d) for prepared in chosen for d in prepared.documents]
+        rows = len(lengths)
+        if self._data.packing:
+            rows, left = 0, lengths
+            while left:
+                window = left[: max(1, _window(left, self._data.packing_bins * self._seq_len * SURPLUS))]
+                filled, rest = pack(window, rows=self._data.packing_bins, seq_len=self._seq_len)
+                rows += len(filled)
+                left = [window[i] for i in rest] + left[len(window) :]
+        return max(1, -(-rows * total // (count * self._shape["batch"] * self._shape["accumulate"])))
+
+    def _read(self) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=self._data.workers, prefetch_buffer_size=16 * self._data.workers)
+        rows = self._rows if self._end is None else self._rows.slice(slice(0, self._end))
+        return iter(rows.to_iter_dataset(options))
+
+    def _start_group(self, next_row: int, waiting: list[tuple[tuple[int, int], Document]], number: int = 0) -> None:
+        """Begin a group of rows: remember what it takes to build it again."""
+        self._next_row, self._waiting = next_row, waiting
+        self._group = {
+            "number": number,
+            "next_row": next_row,
+            "waiting": [list(name) for name, _ in waiting],
+            "read": asdict(self.statistics),
+        }
+        self._filled: list[list[Document]] | None = None
+        self._emitted = 0
+
+    def _packed_rows(self) -> Iterator[list[Document]]:
+        """Rows without end, or to the end of the data; each is counted as it is handed out."""
+        while True:
+            if self._filled is None:
+                self._fill()
+            if not self._filled:
+                return
+            while self._emitted < len(self._filled):
+                self._emitted += 1
+                yield self._filled[self._emitted - 1]
+            self._start_group(self._next_row, self._left, self._group["number"] + 1)
+
+    def _fill(self) -> None:
+        """Read documents and pack them into the rows of this group."""
+        rows, first = self._data.packing_bins, len(self._waiting)
+        waiting, tokens = list(self._waiting), sum(len(d) for _, d in self._waiting)
+        enough = rows * self._seq_len * SURPLUS
+        while (tokens < enough if self._data.packing else len(waiting) < rows):
+            documents = self._next_documents()
+            if documents is None:
+                break
+            waiting += documents
+            tokens += sum(len(d) for _, d in documents)
+        if self._data.packing:
+            lengths = [len(d) for _, d in waiting]
+            filled, left = pack(lengths, rows=rows, seq_len=self._seq_len, first=first)
+            # packed longest first: without this, batches would come sorted by length
+            np.random.default_rng([self._seed, self._group["number"]]).shuffle(filled)
+        else:
+            filled, left = [[i] for i in range(len(waiting))][:rows], list(range(rows, len(waiting)))
+        self._filled = [[waiting[i][1] for i in row] for row in filled]
+        self._left = [waiting[i] for i in left]
+
+    def _next_documents(self) -> list[tuple[tuple[int, int], Document]] | None:
+        """Documents of the next row, each with its name (row, number); None at the end of the data."""
+        prepared: Prepared | None = next(self._reader, None)
+        if prepared is None or (not self.statistics.documents and self.statistics.rows >= self.rows_per_epoch):
+            if not self.statistics.documents:
+                raise UserError(self._why_nothing())
+            return None
+        if prepared.bad is not None and self._data.on_bad_row == "stop":
+            raise UserError(f"{prepared.bad}; mend the row, or set data.on_bad_row: skip")
+        seen = self.statistics
+        seen.rows += 1
+        seen.documents += len(prepared.documents)
+        seen.skipped += prepared.bad is not None
+        seen.dropped += prepared.dropped
+        seen.truncated += prepared.truncated
+        seen.without_loss += prepared.without_loss
+        seen.longest = max(seen.longest, prepared.longest)
+        self._next_row += 1
+        return [((self._next_row - 1, i), d) for i, d in enumerate(prepared.documents)]
+
+    def _why_nothing(self) -> str:
+        seen = self.statistics
+        parts = [
+            (seen.skipped, "malformed"),
+            (seen.dropped, f"longer than data.max_len={self._seq_len} (the longest has {seen.longest} tokens)"),
+            (seen.without_loss, "without a token that carries loss"),
+        ]
+        counts = ", ".join(f"{count} {what}" for count, what in parts if count)
+        return f"data: none of the {seen.rows} rows can be trained on: {counts}"
+
+
+def eval_batches(
+    data: Any,
+    tokenizer: Any,
+    *,
+    batch: int,
+    shards: int = 1,
+    seq_len: int | None = None,
+    max_rows: int | None = None,
+    vocab_size: int | None = None,
+    sources: Sequence[Any] | None = None,
+) -> list[HostBatch]:
+    """Every row of ``data.eval`` once, in file order before packing; the last batch is filled up with padding.
+
+    ``max_rows`` takes the first so many rows of all sources together. Arguments and errors otherwise as DataStream's.
+    """
+    stream = DataStream(
+        data,
+        tokenizer,
+        batch=batch,
+        shards=shards,
+        seq_len=seq_len,
+        epochs=1,
+        vocab_size=vocab_size,
+        sources=data.eval if sources is None else sources,
+        in_order=True,
+        max_rows=max_rows,
+    )
+    try:
+        return list(stream)
+    finally:
+        stream.close()
+
+
+def _order(opened: list[grain.MapDataset], weights: list[float | None], shuffle: bool, seed: int) -> grain.MapDataset:
+    """All sources as one endless dataset: shuffled anew every epoch, mixed by weight or, without weights, by size."""
+    if len(opened) > 1 and any(weight is not None for weight in weights):
+        if any(weight is None for weight in weights):
+            raise UserError("data: some sources have a weight and some have none; give each one, or none")
+        endless = [(rows.shuffle() if shuffle else rows).repeat(None) for rows in opened]
+        return grain.MapDataset.mix(endless, weights)
+    rows = grain.MapDataset.concatenate(opened) if len(opened) > 1 else opened[0]
+    return (rows.shuffle(seed % 2**32) if shuffle else rows).repeat(None)
+
+
+def _window(lengths: Sequence[int], tokens: float) -> int:
+    """How many of these documents are read until they hold ``tokens`` tokens."""
+    return int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
