@@ -1,0 +1,64 @@
+"""What a HF model folder says about its model, read from JSON and safetensors headers: no framework is loaded."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """width: of a hidden row. vocab: rows of the embedding. tensors: every stored name and its shape. tied: the head is
+    the embedding. eos_ids: what ends a text by config.json and generation_config.json. dtype: as stored."""
+
+    width: int
+    vocab: int
+    dtype: str
+    tied: bool
+    eos_ids: frozenset[int]
+    tensors: dict[str, tuple[int, ...]]
+
+
+def model_folder(model: str | Path) -> Path:
+    """the local folder of a model given as a folder or as a hub id, which is downloaded unless the cache has it"""
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+
+
+def read_facts(folder: Path) -> Facts:
+    """raises ValueError where config.json is missing or says too little"""
+    config = _json(folder / "config.json")
+    if not config:
+        raise ValueError(f"{folder} has no config.json: it is not a HF model folder")
+    text = config.get("text_config", config)
+    absent = [key for key in ("hidden_size", "vocab_size") if key not in text]
+    if absent:
+        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(absent)}")
+    eos_ids = set()
+    for source in (config, text, _json(folder / "generation_config.json")):
+        value = source.get("eos_token_id")
+        eos_ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return Facts(
+        width=text["hidden_size"],
+        vocab=text["vocab_size"],
+        dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32",
+        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        eos_ids=frozenset(eos_ids),
+        tensors={name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _header(file)},
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """names and shapes of a safetensors file: eight bytes of length, then JSON"""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    return [(name, tuple(entry["shape"])) for name, entry in entries.items() if name != "__metadata__"]

@@ -1,0 +1,314 @@
+"""Hidden rows in shared memory: the trainer owns the pool and leases rows, engines write them, arrays view them.
+
+The pool is one file in /dev/shm: `rows` rows of `width` numbers, then one byte a row, its *stamp*, that an engine sets
+when it has written the row. A lease is taken, the engine writes, JAX views the rows without a copy, the step that read
+them finishes, the lease goes back. A pool that is full makes the producer wait, first come first served; a leased row
+is never given away. The owner holds a lock on the file for as long as it lives, so what a killed process left behind
+is told apart from what is in use, in other containers too, and removed when the next pool is made.
+"""
+
+import fcntl
+import math
+import mmap
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bridge.dlpack import ALIGNMENT, ITEM_BYTES, DLPackView
+from bridge.errors import EngineError
+
+SHARED = Path("/dev/shm")
+PREFIX = "kdjax-"
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """Where a pool lies and what it holds: all that another process needs to map it."""
+
+    path: str
+    rows: int
+    width: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * ITEM_BYTES[self.dtype]
+
+    @property
+    def stamps_at(self) -> int:
+        """byte offset of the stamps, uint8 [rows]"""
+        return self.rows * self.row_bytes
+
+    @property
+    def bytes(self) -> int:
+        return self.stamps_at + self.rows
+
+    def map(self) -> mmap.mmap:
+        """map the segment for reading and writing; it stays mapped for as long as anything refers to the result"""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return mmap.mmap(descriptor, self.bytes)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class PoolUsage:
+    """used, free and peak count rows (padding for alignment included); waited is the seconds leases spent waiting"""
+
+    rows: int
+    used: int
+    free: int
+    peak: int
+    leases: int
+    waiting: int
+    waited: float
+
+
+def create_segment(kind: str, size: int) -> tuple[str, int]:
+    """a new zeroed file of `size` bytes in /dev/shm, really allocated and locked: its path and its open descriptor
+
+    Raises EngineError where /dev/shm is too small: a page that cannot be had would otherwise kill by SIGBUS later.
+    """
+    while True:
+        path = str(SHARED / f"{PREFIX}{kind}-{os.getpid()}-{secrets.token_hex(6)}")
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else another process swept it away before it was locked
+            break
+        os.close(descriptor)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        remove_segment(path, descriptor)
+        space = os.statvfs(SHARED)
+        raise EngineError(
+            f"{size / 2**30:.2f} GiB for {kind} rows do not fit into {SHARED} "
+            f"({space.f_bavail * space.f_frsize / 2**30:.2f} GiB free): use fewer rows or a larger {SHARED} "
+            f"(docker run --shm-size)"
+        ) from error
+    return path, descriptor
+
+
+def remove_segment(path: str, descriptor: int) -> None:
+    """unlink a segment and let go of its lock; whoever has it mapped keeps the memory"""
+    Path(path).unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def sweep() -> list[str]:
+    """remove segments whose owner is gone; returns their paths"""
+    swept = []
+    for path in SHARED.glob(f"{PREFIX}*"):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, PermissionError):  # gone meanwhile, or another user's
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            swept.append(str(path))
+        except BlockingIOError:  # its owner lives
+            pass
+        finally:
+            os.close(descriptor)
+    return swept
+
+
+class HiddenPool:
+    """Rows in shared memory, owned by this process. Thread-safe. Make one with `create`."""
+
+    def __init__(self, spec: PoolSpec, descriptor: int):
+        self.spec = spec
+        self._memory = spec.map()
+        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._stamps = np.frombuffer(self._memory, np.uint8, spec.rows, spec.stamps_at)
+        self._unit = _rows_per_unit(spec.row_bytes)
+        self._runs = [(0, spec.rows)]  # free runs (start, length), ascending, never adjacent
+        self._leases: dict[int, Lease] = {}
+        self._queue: deque[object] = deque()
+        self._change = threading.Condition()
+        self._peak, self._waited, self._serial = 0, 0.0, 0
+        # Only the process that made the segment removes it: a fork that exits must not.
+        self._remove = weakref.finalize(self, _remove_if_owner, os.getpid(), spec.path, descriptor)
+
+    @classmethod
+    def create(cls, *, rows: int, width: int, dtype: str) -> "HiddenPool":
+        """a pool of at least `rows` rows of `width` numbers of `dtype` ("float32" or "bfloat16")
+
+        Removes what dead owners left in /dev/shm first. Raises ValueError for a dtype or size that cannot be, and
+        EngineError where /dev/shm is too small.
+        """
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"pool dtype {dtype!r}: one of {', '.join(ITEM_BYTES)} is needed")
+        if rows < 1 or width < 1:
+            raise ValueError(f"a pool needs at least one row and one column, not {rows} x {width}")
+        sweep()
+        unit = _rows_per_unit(width * ITEM_BYTES[dtype])
+        spec = PoolSpec("", math.ceil(rows / unit) * unit, width, dtype)
+        path, descriptor = create_segment("pool", spec.bytes)
+        return cls(PoolSpec(path, spec.rows, width, dtype), descriptor)
+
+    def lease(self, counts: Sequence[int], timeout: float | None = None) -> "Lease":
+        """one contiguous run of rows for each count, each starting 64-byte aligned; waits until all are free
+
+        Waiting is first come, first served. Raises ValueError for a lease that no pool of this size can give, and
+        EngineError after `timeout` seconds or when the pool is closed.
+        """
+        counts = tuple(counts)
+        needs = [math.ceil(count / self._unit) * self._unit for count in counts]
+        if not counts or min(counts) < 1 or sum(needs) > self.spec.rows:
+            raise ValueError(
+                f"a lease of {counts} rows from a pool of {self.spec.rows}: each run needs at least one row, and all "
+                f"of them, rounded up to {self._unit} rows, must fit; make the pool larger or the batch smaller"
+            )
+        ticket, began = object(), time.monotonic()
+        with self._change:
+            self._queue.append(ticket)
+            try:
+                while self._remove.alive:
+                    if self._queue[0] is ticket and (starts := self._take(needs)) is not None:
+                        return self._granted(starts, counts, needs)
+                    left = None if timeout is None else began + timeout - time.monotonic()
+                    if left is not None and left <= 0:
+                        raise EngineError(f"a lease of {sum(counts)} rows waited {timeout:g} s for {self._state()}")
+                    self._change.wait(left)
+                raise EngineError("the hidden pool was closed while a lease waited for rows")
+            finally:
+                self._queue.remove(ticket)
+                self._waited += time.monotonic() - began
+                self._change.notify_all()  # the next in line may fit now, or learn that the pool is closed
+
+    def usage(self) -> PoolUsage:
+        """how full the pool is, for metrics"""
+        with self._change:
+            free = sum(length for _, length in self._runs)
+            used = self.spec.rows - free
+            return PoolUsage(
+                self.spec.rows, used, free, self._peak, len(self._leases), len(self._queue), self._waited
+            )
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """clear the stamps of rows (start, count) that an engine is about to write
+
+        Raises ValueError unless every range lies inside one leased run and no two of them overlap.
+        """
+        with self._change:
+            leased = sorted(
+                (start, start + count)
+                for lease in self._leases.values()
+                for start, count in zip(lease.starts, lease.counts, strict=True)
+            )
+        edge, at = 0, 0
+        for start, count in sorted(ranges):
+            while at < len(leased) and leased[at][1] < start + count:
+                at += 1
+            if at == len(leased) or start < leased[at][0]:
+                raise ValueError(f"rows {start} to {start + count - 1} are not leased as one run: lease them first")
+            if start < edge:
+                raise ValueError(f"two prompts would write row {start}")
+            edge = start + count
+        for start, count in ranges:
+            self._stamps[start : start + count] = 0
+
+    def missing(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        """of each range (start, count), how many rows no engine has written since `expect`"""
+        return [count - int(np.count_nonzero(self._stamps[start : start + count])) for start, count in ranges]
+
+    def close(self) -> None:
+        """unlink the segment. Arrays that view it stay valid: the memory goes when the last of them does."""
+        with self._change:
+            self._remove()
+            self._change.notify_all()
+
+    def _take(self, needs: list[int]) -> list[int] | None:
+        """cut a run of each length out of the free runs, first fit; None, and nothing changed, if one does not fit"""
+        runs, starts = list(self._runs), []
+        for need in needs:
+            for index, (start, length) in enumerate(runs):
+                if length >= need:
+                    runs[index : index + 1] = [(start + need, length - need)] if length > need else []
+                    starts.append(start)
+                    break
+            else:
+                return None
+        self._runs = runs
+        return starts
+
+    def _granted(self, starts: list[int], counts: tuple[int, ...], needs: list[int]) -> "Lease":
+        self._serial += 1
+        lease = Lease(self, self._serial, tuple(starts), counts, tuple(needs))
+        self._leases[self._serial] = lease
+        self._peak = max(self._peak, self.spec.rows - sum(length for _, length in self._runs))
+        return lease
+
+    def _give_back(self, lease: "Lease") -> None:
+        with self._change:
+            if self._leases.pop(lease.serial, None) is None:
+                raise ValueError(f"lease {lease.serial} was released twice")
+            merged: list[tuple[int, int]] = []
+            for start, length in sorted([*self._runs, *zip(lease.starts, lease.needs, strict=True)]):
+                if merged and sum(merged[-1]) == start:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + length)
+                else:
+                    merged.append((start, length))
+            self._runs = merged
+            self._change.notify_all()
+
+    def _state(self) -> str:
+        free = sum(length for _, length in self._runs)
+        longest = max((length for _, length in self._runs), default=0)
+        return (
+            f"the hidden pool: {free} of {self.spec.rows} rows are free (the longest run {longest}), "
+            f"{len(self._leases)} leases hold the rest, {len(self._queue) - 1} others wait"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """Rows on loan, one run a data shard. starts: each run's first row; counts: its rows. Also a context manager."""
+
+    pool: HiddenPool
+    serial: int
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    needs: tuple[int, ...]
+
+    def view(self, shard: int) -> DLPackView:
+        """shard's rows [count, width] for `jax.dlpack.from_dlpack(view, copy=False)`, without a copy
+
+        What views them must be done before `release`. Raises ValueError once released.
+        """
+        if self.serial not in self.pool._leases:
+            raise ValueError(f"lease {self.serial} is released: its rows may be another's")
+        spec = self.pool.spec
+        address = self.pool._address + self.starts[shard] * spec.row_bytes
+        return DLPackView(self.pool._memory, address, (self.counts[shard], spec.width), spec.dtype)
+
+    def release(self) -> None:
+        """give the rows back; a second time raises ValueError"""
+        self.pool._give_back(self)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _rows_per_unit(row_bytes: int) -> int:
+    """how many rows lie between two rows that start on an aligned address"""
+    return ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
+
+
+def _remove_if_owner(owner: int, path: str, descriptor: int) -> None:
+    if os.getpid() == owner:
+        remove_segment(path, descriptor)

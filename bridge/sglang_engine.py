@@ -1,0 +1,162 @@
+"""SGLang's engine behind our protocol: request ids out, rows in the pool; failures it returns as values are raised."""
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridge.engine import Completion, EngineSpec, Prefill, Sampling
+from bridge.errors import EngineError
+from bridge.sglang_hook import request_id
+
+PLATFORM_GROUP, PLATFORM = "sglang.srt.platforms", "kdjax_cpu"
+
+# For any device: ids in and out only; a cached prefix would skip its rows; an idle scheduler must not spin on a core.
+DEFAULTS = {
+    "skip_tokenizer_init": True,
+    "disable_radix_cache": True,
+    "sleep_on_idle": True,
+    "log_level": "warning",
+}
+# A CPU has no free memory to profile, so the KV cache is given a size; none of SGLang's kernels are there.
+CPU_DEFAULTS = {"max_total_tokens": 32768, "max_running_requests": 64, "mem_fraction_static": 0.2}
+# Replayed graphs call no hooks.
+CUDA_DEFAULTS = {"disable_prefill_cuda_graph": True}
+
+
+class SGLangEngine:
+    """One `sglang.Engine` with its scheduler processes. Lives in a server process: see `bridge.server` for why."""
+
+    def __init__(self, spec: EngineSpec):
+        """starts the engine; raises EngineError or SGLang's own error where it cannot start"""
+        if spec.device == "cpu":
+            if not entry_points(group=PLATFORM_GROUP, name=PLATFORM):
+                raise EngineError(
+                    "SGLang on a CPU needs this package's platform plugin, which is found by its installed metadata: "
+                    "pip install --no-deps -e . in the repository"
+                )
+            os.environ["SGLANG_PLATFORM"] = PLATFORM
+        from sglang import Engine
+
+        self._engine = Engine(
+            **DEFAULTS
+            | (CPU_DEFAULTS if spec.device == "cpu" else CUDA_DEFAULTS)
+            | {"model_path": spec.model, "dtype": spec.dtype, "device": spec.device}
+            | {"forward_hooks": _hooks(spec)}
+            | dict(spec.options)
+        )
+        self.max_tokens = int(self._engine.get_server_info()["max_req_input_len"]) - 1
+        self._calls = 0
+        self._updating = False
+
+    def prefill(self, prompts: Sequence[Prefill]) -> None:
+        self._calls += 1
+        self._request(
+            [prompt.ids for prompt in prompts],
+            {"max_new_tokens": 0, "temperature": 0.0},
+            rid=[request_id(self._calls, index, p.row, p.spans) for index, p in enumerate(prompts)],
+        )
+
+    def score(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        answers = self._request(
+            prompts, {"max_new_tokens": 0, "temperature": 0.0}, return_logprob=True, logprob_start_len=0
+        )
+        # The first entry of each prompt is (None, id, None): nothing comes before it.
+        return [
+            np.array([entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]], np.float32)
+            for answer in answers
+        ]
+
+    def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling, version: int) -> list[Completion]:
+        # One request a sample, so that each has a seed of its own.
+        seeds = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * sampling.n, np.uint32)
+        common = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "stop_token_ids": list(sampling.stop_ids),
+        }
+        answers = self._request(
+            [prompt for prompt in prompts for _ in range(sampling.n)],
+            [common | {"sampling_seed": int(seed)} for seed in seeds],
+            return_logprob=True,
+        )
+        return [_completion(answer, version) for answer in answers]
+
+    def begin_weights(self) -> None:
+        # SGLang 0.5.17 has no sessions around weight updates, 0.5.23 refuses updates without one.
+        if self._updating:
+            self.end_weights()
+        if begin := getattr(self._engine, "begin_weight_update", None):
+            _raise_failure("begin_weight_update", begin())
+        self._updating = True
+
+    def load_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        from sglang.srt.utils import MultiprocessingSerializer
+        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+        bucket = FlattenedTensorBucket(named_tensors=tensors)
+        content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+        payloads = [
+            MultiprocessingSerializer.serialize(content) for _ in range(self._engine.server_args.tp_size)
+        ]
+        names = ", ".join(name for name, _ in tensors[:3])
+        _raise_failure(
+            f"update_weights_from_tensor ({names}, … {len(tensors)} tensors)",
+            self._engine.update_weights_from_tensor(payloads, load_format="flattened_bucket", flush_cache=False),
+        )
+
+    def end_weights(self) -> None:
+        if end := getattr(self._engine, "end_weight_update", None):
+            _raise_failure("end_weight_update", end())
+        self._updating = False
+        self._engine.flush_cache()
+
+    def sleep(self, tags: Sequence[str] | None) -> None:
+        self._engine.release_memory_occupation(None if tags is None else list(tags))
+
+    def wake(self, tags: Sequence[str] | None) -> None:
+        self._engine.resume_memory_occupation(None if tags is None else list(tags))
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+    def _request(self, prompts: Sequence[np.ndarray], sampling_params: Any, **more: Any) -> list[dict[str, Any]]:
+        answers = self._engine.generate(
+            input_ids=[prompt.tolist() for prompt in prompts], sampling_params=sampling_params, **more
+        )
+        for index, answer in enumerate(answers):
+            reason = answer["meta_info"]["finish_reason"]
+            if reason is not None and reason["type"] not in ("stop", "length"):
+                raise EngineError(f"SGLang gave up prompt {index}: {reason.get('message', reason)}")
+        return answers
+
+
+def _hooks(spec: EngineSpec) -> list[dict[str, Any]]:
+    hooks = []
+    if spec.pool is not None:
+        config = {"pool": dict(vars(spec.pool)), "tp_rank": 0}
+        hooks.append(("rows", ["model"], "bridge.sglang_hook:write_rows", config))
+    if spec.banned_ids:
+        hooks.append(("ids", ["logits_processor"], "bridge.sglang_hook:ban_ids", {"ids": list(spec.banned_ids)}))
+    return [dict(zip(("name", "target_modules", "hook_factory", "config"), hook, strict=True)) for hook in hooks]
+
+
+def _completion(answer: dict[str, Any], version: int) -> Completion:
+    meta = answer["meta_info"]
+    return Completion(
+        ids=np.array(answer["output_ids"], np.int32),
+        logprobs=np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float32),
+        finish_reason=meta["finish_reason"]["type"],
+        version=version,
+    )
+
+
+def _raise_failure(what: str, result: Any) -> None:
+    """SGLang returns (False, message) where it failed; 0.5.17 and 0.5.23 add further values behind"""
+    if not result[0]:
+        raise EngineError(f"SGLang's {what} failed: {result[1]}")

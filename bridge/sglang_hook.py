@@ -1,0 +1,94 @@
+"""The forward hook that SGLang loads: hidden rows that carry loss go from the model's output straight into the pool.
+
+It is registered through SGLang's own option `forward_hooks` and runs in the scheduler's process. A request's id says
+where its rows belong (`request_id`), so nothing but ids travels over SGLang's sockets and nothing is looked up. A
+prompt may come in several chunks: each forward pass writes the rows of the positions it computed.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridge.hidden_pool import PoolSpec
+
+PREFIX = "kdjax"
+
+
+def request_id(call: int, index: int, row: int, spans: Sequence[tuple[int, int]]) -> str:
+    """the id of prompt `index` of an engine's `call`-th prefill: unique, and it says where its rows belong"""
+    return f"{PREFIX}:{call}:{index}:{row}:" + ",".join(f"{start}-{stop}" for start, stop in spans)
+
+
+@lru_cache(maxsize=4096)
+def _job(rid: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """spans' starts, stops and destination rows; None for a request that is not ours"""
+    if not rid.startswith(f"{PREFIX}:"):
+        return None
+    *_, row, text = rid.split(":")
+    spans = np.array([span.split("-") for span in text.split(",")], np.int64)
+    counts = spans[:, 1] - spans[:, 0]
+    return spans[:, 0], spans[:, 1], int(row) + np.cumsum(counts) - counts
+
+
+def plan(rids: Sequence[str], prefixes: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    """what to copy after one forward pass: int64 [copies, 3] of source row, destination row, rows
+
+    rids: the batch's requests; prefixes: positions each had computed before; lengths: positions computed now, whose
+    rows lie one request after the other in the output.
+    """
+    copies = [np.empty((0, 3), np.int64)]
+    offset = 0
+    for rid, prefix, length in zip(rids, prefixes, lengths, strict=True):
+        if (job := _job(rid)) is not None:
+            starts, stops, rows = job
+            first, last = np.maximum(starts, prefix), np.minimum(stops, prefix + length)
+            copy = np.stack([offset + first - prefix, rows + first - starts, last - first], axis=1)
+            copies.append(copy[copy[:, 2] > 0])
+        offset += length
+    return np.concatenate(copies)
+
+
+def write_rows(config: dict[str, Any]) -> Callable[..., None] | None:
+    """SGLang's hook factory. config: `pool`, the fields of a PoolSpec; `tp_rank`, the rank that writes to it
+
+    After the final norm every tensor-parallel rank holds full rows, so one rank a pool writes: register a hook for each
+    pool. Returns None, and so no hook, on other ranks and on all but the last pipeline stage.
+    """
+    from sglang.srt.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    if get_tensor_model_parallel_rank() != config["tp_rank"] or not get_pp_group().is_last_rank:
+        return None
+    pool = PoolSpec(**config["pool"])
+    memory = pool.map()
+    rows = torch.frombuffer(memory, dtype=getattr(torch, pool.dtype), count=pool.rows * pool.width)
+    rows = rows.view(pool.rows, pool.width)
+    stamps = np.frombuffer(memory, np.uint8, pool.rows, pool.stamps_at)
+
+    def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        batch = next(value for value in args if isinstance(value, ForwardBatch))
+        if not batch.forward_mode.is_extend() or not batch.rids:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.dtype != rows.dtype or hidden.shape[1] != pool.width:
+            raise TypeError(f"the model computes rows {hidden.dtype} [{hidden.shape[1]}], the pool holds {pool}")
+        for source, row, count in plan(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu).tolist():
+            # From a GPU this copy waits for the model's stream; the stamp and the acknowledgement come after it.
+            rows[row : row + count].copy_(hidden[source : source + count])
+            stamps[row : row + count] = 1
+
+    return hook
+
+
+def ban_ids(config: dict[str, Any]) -> Callable[..., None]:
+    """SGLang's hook factory on the logits processor. config: `ids`, never to be sampled: the head's padding"""
+    ids = torch.tensor(config["ids"], dtype=torch.long)
+
+    def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if output.next_token_logits is not None:
+            output.next_token_logits.index_fill_(1, ids.to(output.next_token_logits.device), float("-inf"))
+
+    return hook
