@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.errors import UserError
 from kdjax.losses.registry import register_divergence
-from kdjax.losses.vocab import MASKED, WHOLE, Vocab
+from kdjax.losses.vocab import WHOLE, Vocab, floored
 
 Logits = Float[Array, "*rows V"]
 Values = Float[Array, "*rows"]
@@ -111,7 +111,7 @@ def akl(
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
     p = lax.stop_gradient(jnp.exp(log_p))
     gap = jnp.abs(p - lax.stop_gradient(jnp.exp(log_q)))
-    tail = _tail(lax.stop_gradient(_floored(teacher_logits / temperature)), p, adaptive_alpha, vocab)
+    tail = _tail(lax.stop_gradient(floored(teacher_logits / temperature)), p, adaptive_alpha, vocab)
     in_head, in_tail = vocab.sum(jnp.where(tail, 0, gap)), vocab.sum(jnp.where(tail, gap, 0))
     both = in_head + in_tail
     weight = jnp.where(both > 0, in_head / jnp.where(both > 0, both, 1), 1)
@@ -155,8 +155,8 @@ def hrl(
     if hrl_topk > size:
         raise UserError(f"hrl_topk is {hrl_topk}, more than the vocabulary's {size} ids")
     log_q, _ = _log_probs(student_logits, teacher_logits, 1.0, vocab)
-    ranks = lax.stop_gradient(_floored(teacher_logits))  # ordered as p, and finer than p in float32
-    teacher_top, student_top = vocab.top_k(ranks, hrl_topk), vocab.top_k(_floored(student_logits), hrl_topk)
+    ranks = lax.stop_gradient(floored(teacher_logits))  # ordered as p, and finer than p in float32
+    teacher_top, student_top = vocab.top_k(ranks, hrl_topk), vocab.top_k(floored(student_logits), hrl_topk)
     q_teacher, q_student = jnp.exp(vocab.take(log_q, teacher_top)), jnp.exp(vocab.take(log_q, student_top))
     p_teacher, p_student = vocab.take(ranks, teacher_top), vocab.take(ranks, student_top)
     swapped = p_teacher[..., :, None] > p_student[..., None, :]
@@ -167,11 +167,7 @@ def hrl(
 @register_divergence("ce", split_vocab=True)
 def ce(student_logits: Logits, labels: Int[Array, "*rows"], *, vocab: Vocab = WHOLE) -> Values:
     """Cross-entropy −log q[label] at τ = 1, over the student's whole softmax."""
-    return -vocab.at(vocab.log_softmax(_floored(student_logits)), labels)
-
-
-def _floored(logits: Array) -> Array:
-    return jnp.maximum(logits.astype(jnp.float32), MASKED)
+    return vocab.nll(floored(student_logits), labels)
 
 
 def _log_probs(student: Array, teacher: Array, temperature: float, vocab: Vocab) -> tuple[Array, Array]:
@@ -181,7 +177,7 @@ def _log_probs(student: Array, teacher: Array, temperature: float, vocab: Vocab)
             f"student logits {student.shape} and teacher logits {teacher.shape} differ in vocabulary; "
             "cut both to the common ids and mask those that one side lacks by -inf"
         )
-    log_q, log_p = (vocab.log_softmax(_floored(x / temperature)) for x in (student, teacher))
+    log_q, log_p = (vocab.log_softmax(floored(x / temperature)) for x in (student, teacher))
     return log_q, log_p
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
@@ -26,7 +28,7 @@ so that 0 · log 0 is 0 and no loss, a user's included, turns into NaN."""
 
 @dataclass(frozen=True)
 class Vocab:
-    """Reductions over the last axis: of all ids (``axis=None``), or of the equal parts held along mesh axis ``axis``."""
+    """Reductions over the last axis: all ids (``axis=None``), or the equal parts held along mesh axis ``axis``."""
 
     axis: str | None = None
 
@@ -83,7 +85,11 @@ class Vocab:
         return self.sum(jnp.where(self.ids(x.shape[-1]) == ids[..., None], x, 0))
 
     def log_softmax(self, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
-        return jax.nn.log_softmax(logits, axis=-1) if self.axis is None else _log_softmax(logits, self.axis)
+        return _log_softmax(logits, self.axis)
+
+    def nll(self, logits: Float[Array, "*rows V"], labels: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+        """−log softmax(logits)[label]."""
+        return _nll(logits, self.ids(logits.shape[-1]) == labels[..., None], self.axis)
 
     def by_rows(self, fn: Callable[..., Array], *blocks: Float[Array, "rows V"]) -> Float[Array, " rows"]:
         """``fn`` of whole rows, for a function that knows nothing of a split axis.
@@ -108,28 +114,57 @@ def masked(logits: Float[Array, "*rows V"], keep: Bool[Array, " V"] | None) -> F
     return logits if keep is None else jnp.where(keep, logits, MASKED)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def floored(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+    """float32 logits with ``MASKED`` for −inf. The slope is passed on as it is: a probability of 0 has made it 0."""
+    return _floored(logits.astype(jnp.float32))
+
+
+@jax.custom_jvp
+def _floored(logits: Array) -> Array:
+    return jnp.maximum(logits, MASKED)
+
+
+_floored.defjvp(lambda logits, tangent: (_floored(*logits), *tangent))
+
+
 def _total(x: Array, axis: str | None) -> Array:
-    return x if axis is None else lax.psum(x, axis)
+    if axis is None:
+        return x
+    # Every device adds up the same loss, so the slope in a total is whole where it arrives: it is not summed again.
+    return linear_call(lambda _, x: lax.psum(x, axis), lambda _, slope: slope, (), x)
 
 
-# Every device adds up the same loss, so the cotangent of a total is complete where it arrives: it is not summed again.
-_total.defvjp(lambda x, axis: (_total(x, axis), None), lambda axis, _, g: (g,))
+def _normaliser(logits: Array, axis: str | None) -> tuple[Array, Array]:
+    """The logits below their row's largest, and the logarithm of the sum of their exponentials [..., 1]."""
+    top = logits.max(-1, keepdims=True)
+    below = logits - (top if axis is None else lax.pmax(top, axis))
+    exps = jnp.exp(below).sum(-1, keepdims=True)
+    return below, jnp.log(exps if axis is None else lax.psum(exps, axis))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _log_softmax(logits: Array, axis: str) -> Array:
-    shifted = logits - lax.pmax(logits.max(-1, keepdims=True), axis)
-    return shifted - jnp.log(lax.psum(jnp.exp(shifted).sum(-1, keepdims=True), axis))
+# The slopes are written out to keep one array of the block's size, where automatic ones would keep three.
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_softmax(logits: Array, axis: str | None) -> Array:
+    below, log_sum = _normaliser(logits, axis)
+    return below - log_sum
 
 
-def _log_softmax_backward(axis: str, log_p: Array, g: Array) -> tuple[Array]:
-    return (g - jnp.exp(log_p) * lax.psum(g.sum(-1, keepdims=True), axis),)
+@_log_softmax.defjvp
+def _log_softmax_slope(axis: str | None, logits: tuple[Array], tangent: tuple[Array]) -> tuple[Array, Array]:
+    log_p = _log_softmax(*logits, axis)
+    inner = (jnp.exp(log_p) * tangent[0]).sum(-1, keepdims=True)
+    return log_p, tangent[0] - (inner if axis is None else lax.psum(inner, axis))
 
 
-def _log_softmax_forward(logits: Array, axis: str) -> tuple[Array, Array]:
-    log_p = _log_softmax(logits, axis)
-    return log_p, log_p
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _nll(logits: Array, hot: Array, axis: str | None) -> Array:
+    below, log_sum = _normaliser(logits, axis)
+    return log_sum[..., 0] - _total(jnp.where(hot, below, 0).sum(-1), axis)
 
 
-_log_softmax.defvjp(_log_softmax_forward, _log_softmax_backward)
+@_nll.defjvp
+def _nll_slope(axis: str | None, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    logits, hot = primals
+    below, log_sum = _normaliser(logits, axis)
+    slope = (jnp.exp(below - log_sum) - hot) * tangents[0]
+    return _nll(logits, hot, axis), _total(slope.sum(-1), axis)
