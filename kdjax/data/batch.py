@@ -6,7 +6,7 @@ this module works on loss rows and never shifts again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-BUCKETS = 8  # N takes one of this many sizes, so at most this many steps are ever compiled
+BUCKETS = 8  # N takes one of this many sizes, so a step is compiled at most this many times
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -131,19 +131,30 @@ class HostBatch:
     state: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-def bucket(count: int, capacity: int) -> int:
-    """The static number of loss rows for ``count`` of at most ``capacity``: the next multiple of an eighth of it."""
+def bucket(count: int, capacity: int, known: Collection[int] = ()) -> int:
+    """The static number of loss rows for ``count`` of at most ``capacity``.
+
+    The smallest of the ``known`` sizes that is large enough, since a step for it is compiled already; else the next
+    multiple of an eighth of the capacity.
+    """
     step = -(-capacity // BUCKETS)
-    return min(capacity, max(1, -(-count // step)) * step)
+    fitting = [size for size in known if count <= size <= capacity]
+    return min(fitting) if fitting else min(capacity, max(1, -(-count // step)) * step)
 
 
 def collate(
-    rows: Sequence[Sequence[Document]], *, batch: int, seq_len: int, accumulate: int = 1, shards: int = 1
+    rows: Sequence[Sequence[Document]],
+    *,
+    batch: int,
+    seq_len: int,
+    accumulate: int = 1,
+    shards: int = 1,
+    known: Collection[int] = (),
 ) -> HostBatch:
     """Lay out at most ``accumulate * batch`` rows, each a list of documents, as one HostBatch.
 
     Rows are dealt to micro-batches and data shards so that each gets nearly the same number of loss rows: N is the
-    largest of them, and every device does the same work. Missing rows are padding.
+    largest of them, raised to a static size (``bucket``, with the ``known`` ones). Missing rows are padding.
     """
     if batch % shards:
         raise ValueError(f"{batch} rows do not divide over {shards} data shards")
@@ -152,7 +163,7 @@ def collate(
     per_shard = batch // shards
     groups = _deal([sum(len(d.labels) for d in row) for row in rows], accumulate * shards, per_shard)
     loss_rows = [sum(len(d.labels) for i in group for d in rows[i]) for group in groups]
-    size = bucket(max(loss_rows), per_shard * seq_len)
+    size = bucket(max(loss_rows), per_shard * seq_len, known)
 
     shape = (accumulate, batch, seq_len)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,7 @@ class Prepare:
 
 
 def truncate(document: Document, max_len: int) -> Document | None:
-    """The document cut at its end to ``max_len`` tokens; what the teacher reads is cut to the same loss tokens.
+    """The document cut at its end to at most ``max_len`` tokens, and what the teacher reads to the same loss tokens.
 
     None when nothing that carries loss is left.
     """
@@ -80,14 +79,13 @@ def truncate(document: Document, max_len: int) -> Document | None:
     kept = min(np.searchsorted(student, max_len - 1), np.searchsorted(teacher, max_len - 1))
     if kept == 0:
         return None
-    cut = max_len if kept == len(student) else min(max_len, int(student[kept - 1]) + 2)
-    short = dataclasses.replace(document, ids=document.ids[:cut], loss=document.loss[:cut])
+    # cut behind the last loss token that stays, so that both sides keep the same ones
+    end = int(student[kept - 1]) + 2 if kept < len(student) else max_len
+    ids, loss = document.ids[:end], document.loss[:end]
     if document.teacher_ids is None:
-        return short
+        return Document(ids, loss, document.source)
     end = int(teacher[kept - 1]) + 2
-    return Document(
-        short.ids, short.loss, document.source, document.teacher_ids[:end], document.teacher_loss[:end]
-    )
+    return Document(ids, loss, document.source, document.teacher_ids[:end], document.teacher_loss[:end])
 
 
 def open_sources(

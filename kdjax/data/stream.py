@@ -110,6 +110,7 @@ class DataStream(Iterator[HostBatch]):
         ends = [] if epochs is None else [max(1, round(epochs * self.rows_per_epoch))]
         self._end = min([*ends, *([] if max_rows is None else [max_rows])], default=None)
         self._reader = self._read()
+        self._loss_sizes: set[int] = set()
         self.statistics = Statistics()
         self._start_group(next_row=0, waiting=[])
 
@@ -118,7 +119,8 @@ class DataStream(Iterator[HostBatch]):
         rows = list(itertools.islice(self._packed_rows(), want))
         if not rows:
             raise StopIteration
-        host = collate(rows, seq_len=self._seq_len, **self._shape)
+        host = collate(rows, seq_len=self._seq_len, known=self._loss_sizes, **self._shape)
+        self._loss_sizes.add(host.batch.rows.shape[-1])
         self.statistics.batches += 1
         self.statistics.tokens += host.tokens
         self.statistics.loss_tokens += host.loss_tokens
@@ -133,6 +135,7 @@ class DataStream(Iterator[HostBatch]):
                 "sizes": self._sizes,
                 "group": self._group,
                 "emitted": self._emitted,
+                "loss_sizes": sorted(self._loss_sizes),
                 "statistics": asdict(self.statistics),
             }
         )
@@ -146,7 +149,7 @@ class DataStream(Iterator[HostBatch]):
             if state[key] != mine:
                 what = "seed" if key == "seed" else "number of rows in the sources"
                 raise UserError(f"data: the {what} was {state[key]} when the checkpoint was saved and is {mine} now")
-        group = state["group"]
+        group, self._loss_sizes = state["group"], set(state["loss_sizes"])
         wanted = {tuple(name) for name in group["waiting"]}
         first = min((row for row, _ in wanted), default=group["next_row"])
         self._reader.set_state({"next_index": first})

@@ -142,7 +142,7 @@ class Encoder:
         """Where the turn that begins at ``start`` ends: behind its end-of-turn token, before what the template adds."""
         content = message.get("content")
         if isinstance(content, str) and not message.get("tool_calls"):
-            at = whole.rfind(content.strip(), start)
+            at = whole.find(content.strip(), start)
             if at >= 0 and (end := self._special.search(whole, at + len(content.strip()))):
                 return end.end()
         ends = [match.end() for match in self._special.finditer(whole, start)]

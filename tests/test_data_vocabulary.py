@@ -1,0 +1,95 @@
+"""which ids are real, and when two vocabularies are the same."""
+
+import numpy as np
+import pytest
+
+from kdjax.data import compare_vocabularies, load_tokenizer, valid_ids
+from kdjax.errors import UserError
+
+
+class Words:
+    """A tokenizer's vocabulary and nothing else."""
+
+    def __init__(self, ordinary: dict[str, int], added: dict[str, int] | None = None):
+        self.vocab, self.added = ordinary, added or {}
+
+    def get_vocab(self):
+        return self.vocab | self.added
+
+    @property
+    def added_tokens_decoder(self):
+        return {i: name for name, i in self.added.items()}
+
+
+WORDS = {"a": 0, "b": 1, "c": 2}
+
+
+def test_valid_ids_follow_the_vocabulary_and_not_its_length():
+    gaps = Words(WORDS, {"<end>": 6})
+    assert valid_ids(gaps, 9).tolist() == [True, True, True, False, False, False, True, False, False]
+    assert valid_ids(gaps, 4).tolist() == [True, True, True, False]  # tokens beyond the head
+
+
+def test_the_shipped_tokenizer_fills_its_head(root):
+    valid = valid_ids(load_tokenizer(root / "examples" / "tokenizer"), 4100)
+    assert valid.dtype == bool and np.flatnonzero(~valid).tolist() == [4096, 4097, 4098, 4099]
+
+
+def test_the_shipped_tokenizer_says_every_text(root):
+    tokenizer = load_tokenizer(root / "examples" / "tokenizer")
+    for text in ("48/2 = <<48/2=24>>24", "día 🙂\n\t x  y", "#### 1,000.50"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and tokenizer.bos_token is None
+    assert [tokenizer.decode([i]) for i in tokenizer("120")["input_ids"]] == ["1", "2", "0"]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_special_tokens_of_one_side_are_listed():
+    match = compare_vocabularies(Words(WORDS, {"<end>": 3}), Words(WORDS, {"<end>": 3, "<think>": 4}))
+    assert match.student_only == {} and match.teacher_only == {"<think>": 4}
+    match = compare_vocabularies(Words(WORDS, {"<end>": 3, "<tool>": 5}), Words(WORDS, {"<end>": 3}))
+    assert match.student_only == {"<tool>": 5} and match.teacher_only == {}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        (Words({"a": 0, "c": 1, "b": 2}), "'b' is id 1 to the student and id 2 to the teacher .4 entries differ"),
+        (Words({"a": 0, "b": 1}), "'c' is id 2 to the student and not known to the teacher"),
+        (Words(WORDS | {"d": 3}), "'d' .id 3. is known to the teacher only"),
+    ],
+)
+def test_ordinary_tokens_that_differ_are_refused(teacher, reason):
+    with pytest.raises(UserError, match=reason) as raised:
+        compare_vocabularies(Words(WORDS), teacher)
+    assert "simple_ctkd" in str(raised.value) and "dskd" in str(raised.value)
+
+
+def test_a_renamed_special_needs_the_map():
+    student, teacher = Words(WORDS, {"<eot>": 3}), Words(WORDS, {"<|im_end|>": 3})
+    with pytest.raises(UserError, match="id 3 is '<eot>' to the student.*data.special_token_map"):
+        compare_vocabularies(student, teacher)
+    match = compare_vocabularies(student, teacher, {"<eot>": "<|im_end|>"})
+    assert not match.student_only and not match.teacher_only
+    with pytest.raises(UserError, match="special_token_map.*one id"):
+        compare_vocabularies(student, teacher, {"<eot>": "<other>"})
+
+
+def test_a_special_with_another_id_is_refused():
+    with pytest.raises(UserError, match="'<end>' has id 3 for the student and 4 for the teacher"):
+        compare_vocabularies(Words(WORDS, {"<end>": 3}), Words(WORDS, {"<end>": 4}))
+
+
+def test_a_token_that_is_added_here_and_ordinary_there_is_not_the_same():
+    with pytest.raises(UserError, match="vocabularies differ"):
+        compare_vocabularies(Words(WORDS), Words({"a": 0, "b": 1}, {"c": 2}))
+
+
+def test_no_tokenizer_there(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer in this folder"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer("nobody/has-this-model")
