@@ -23,6 +23,7 @@ from bridge.checkpoint import model_folder, read_facts
 from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, Sampling, check_ids
 from bridge.errors import EngineError
 from bridge.hidden_pool import HiddenPool
+from bridge.leaving import FOLDER_PREFIX
 from bridge.weights import WeightBucket
 
 LOG_LINES = 15  # quoted when an engine fails
@@ -102,7 +103,7 @@ class RemoteEngine:
             server = self._running("starting")
             if not server.ready:
                 left = server.began + self.start_timeout - time.monotonic() if timeout is None else timeout
-                server.leftovers = self._receive(server, server.work, time.monotonic() + left, "starting", left)
+                server.leftovers += self._receive(server, server.work, time.monotonic() + left, "starting", left)
                 server.ready = True
 
     def prefill(self, prompts: Sequence[Prefill], timeout: float | None = None) -> None:
@@ -275,13 +276,13 @@ class _Server:
         self.leftovers: list[str] = []
         # SGLang's own sockets lie in a folder that goes with the server. Their paths must stay below 108 bytes.
         base = tempfile.gettempdir()
-        self.folder = tempfile.mkdtemp(prefix="kdjax-engine-", dir=base if len(base) < 50 else "/tmp")
+        self.folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base if len(base) < 50 else "/tmp")
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
         theirs = [pair[1].fileno() for pair in pairs]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bridge.server", *map(str, theirs), self.folder],
+                [sys.executable, "-m", "bridge.server", *map(str, theirs)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -282,16 +282,19 @@ class Lease:
     counts: tuple[int, ...]
     needs: tuple[int, ...]
 
-    def view(self, shard: int) -> DLPackView:
+    def view(self, shard: int, split: int | None = None) -> DLPackView:
         """shard's rows [count, width] for `jax.dlpack.from_dlpack(view, copy=False)`, without a copy
 
-        What views them must be done before `release`. Raises ValueError once released.
+        With `split` (micro-batches) the shape is [split, count / split, width]. What views the rows must be done before
+        `release`. Raises ValueError once released.
         """
         if self.serial not in self.pool._leases:
             raise ValueError(f"lease {self.serial} is released: its rows may be another's")
         spec = self.pool.spec
         address = self.pool._address + self.starts[shard] * spec.row_bytes
-        return DLPackView(self.pool._memory, address, (self.counts[shard], spec.width), spec.dtype)
+        count = self.counts[shard]
+        shape = (count, spec.width) if split is None else (split, count // split, spec.width)
+        return DLPackView(self.pool._memory, address, shape, spec.dtype)
 
     def release(self) -> None:
         """give the rows back; a second time raises ValueError"""
