@@ -27,13 +27,13 @@ Dtype = Literal["float32", "bfloat16"]
 @group
 class StudentConfig:
     path: str | None = None
-    """Hugging Face folder or hub id of the student; with `init: layers` it defaults to the teacher's."""
+    """Hugging Face folder or hub id of the student; `init: layers` takes the teacher's, `init: random` can do without."""
     init: Literal["pretrained", "random", "layers"] = "pretrained"
     """`pretrained` loads weights; `random` draws them; `layers` takes the chosen layers of the teacher."""
     layers: tuple[int, ...] = ()
     """With `init: layers`: which of the teacher's layers become the student's, in order."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Entries that replace those of config.json (hidden_size, num_hidden_layers …); needs `init: random`."""
+    """Entries that replace those of config.json (hidden_size …), or all of it without a path; needs `init: random`."""
     dtype: Dtype = "float32"
     """What the forward and backward pass compute in."""
     param_dtype: Dtype = "float32"
@@ -165,7 +165,7 @@ class TrainConfig:
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; none means `epochs` passes over the data."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the data when `steps` is not given."""
+    """Passes over the data when `steps` is not given, to the nearest step that a sample of the data predicts."""
     batch_size: int = Field(8, ge=1)
     """Packed rows in one optimizer step, over all devices."""
     accumulate: int = Field(1, ge=1)
@@ -264,7 +264,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data.train:
             raise ValueError("data.train is empty: name at least one source, as in data.train: [{path: rows.jsonl}]")
-        if self.student.path is None and self.student.init != "layers":
+        if self.student.path is None and self.student.init != "layers" and not self.student.config:
             raise ValueError("student.path is missing: a Hugging Face folder or hub id")
         if self.student.init == "layers" and self.teacher.path is None:
             raise ValueError("student.init=layers takes the teacher's layers, but teacher.path is missing")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from bridge.errors import EngineError
 from kdjax.config import Config, load_config, reference, to_yaml
 from kdjax.errors import UserError
 
@@ -30,10 +31,10 @@ def parse(argv: Sequence[str] | None = None) -> Config | None:
 
 
 def guarded(command: Callable[[], None]) -> int:
-    """Run a command; a UserError becomes one line on standard error and exit code 2."""
+    """Run a command; what a person can mend becomes one line on standard error and exit code 2."""
     try:
         command()
-    except UserError as error:
+    except (UserError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

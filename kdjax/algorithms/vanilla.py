@@ -34,7 +34,7 @@ class Vanilla(nnx.Module):
             hidden,
             student.head(),
             batch.teacher_hidden[0],
-            self.head[...],
+            self.head.get_value(),
             labels=batch.labels,
             mask=batch.mask,
             **self.options,

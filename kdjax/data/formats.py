@@ -148,7 +148,8 @@ def _messages(value: Any, key: str, *, string: bool = True) -> tuple[Message, ..
     if string and isinstance(value, str):
         return ({"role": "user", "content": value},)
     if not isinstance(value, list) or not value:
-        raise RowError(f"column {key!r} holds {_kind(value)}, expected a list of messages")
+        wanted = "text or a list of messages" if string else "a list of messages"
+        raise RowError(f"column {key!r} holds {_kind(value)}, expected {wanted}")
     messages = []
     for i, item in enumerate(value):
         if not isinstance(item, Mapping):

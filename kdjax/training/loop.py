@@ -25,10 +25,10 @@ from kdjax.training.checkpoint import Checkpoints, refuse_other_config
 from kdjax.training.evaluation import Evaluator
 from kdjax.training.metrics import Metrics
 from kdjax.training.optimizer import make_optimizer, make_schedule
-from kdjax.training.preflight import answer, check_export, check_teacher
+from kdjax.training.preflight import check_export, check_teacher
 from kdjax.training.progress import Display
 from kdjax.training.sources import Stream
-from kdjax.training.step import Step, make_step
+from kdjax.training.step import make_step
 from kdjax.training.student import make_student
 
 
@@ -63,7 +63,7 @@ class _Run:
         config, display = self.config, self.display
         self._open_folder()
         with Stream(config, log=self.folder / "engine.log") as self.stream:
-            self.steps = config.train.steps or self.stream.data.steps(config.train.epochs)
+            self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
             with display.stage("student"):
                 self.model = make_student(config, self.stream.mesh)
                 algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
@@ -130,7 +130,7 @@ class _Run:
         waited_on_compile = done
         for number in range(done + 1, self.steps + 1):
             batch, values = pending
-            position = batch.position
+            position = batch.host.state
             # The next step is dispatched before this one is looked at, so that looking never makes the device wait.
             evaluate = config.train.eval_every and number % config.train.eval_every == 0 and number < self.steps
             save = config.checkpoint.save_every and number % config.checkpoint.save_every == 0
@@ -232,6 +232,3 @@ def _show_evaluations(display: Display, result: Result) -> None:
         "held-out rows", ["", *(f"step {s}" for s in steps)],
         [[name, *(f"{result.evaluations[s][name]:.4f}" for s in steps)] for name in names],
     )
-
-
-__all__ = ["Result", "Step", "answer", "train"]

@@ -72,7 +72,7 @@ def check_export(stream: Any, model: nnx.Module, folder: Path, log: LogConfig) -
         hidden = jax.jit(lambda m, t: m(t))(model, tokens)
         flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         ours = np.asarray(_log_probabilities(flat, model.head(), tokens[:, 1:].reshape(-1))).reshape(len(tokens), -1)
-    with start_engine("transformers", str(folder), dtype="float32", log=folder.parent / "export.log") as engine:
+    with start_engine(folder, kind="transformers", dtype="float32", log=folder.parent / "export.log") as engine:
         theirs = engine.score(documents)
         reply = None if log.sample_prompt is None else answer(engine, stream.tokenizer, stream.config, log)
     gap = max(np.abs(o[: len(t)] - t).max() for o, t in zip(ours, theirs, strict=True))
@@ -90,7 +90,7 @@ def answer(engine: Any, tokenizer: Any, config: Any, log: LogConfig) -> str:
 
 
 def _sample(stream: Any) -> list[np.ndarray]:
-    return [ids[:SAMPLE_TOKENS] for ids in stream.data.sample(SAMPLE_DOCUMENTS)]
+    return [ids[:SAMPLE_TOKENS] for ids in stream.sample(SAMPLE_DOCUMENTS)]
 
 
 @jax.jit

@@ -25,8 +25,9 @@ from bridge.engine import Prefill
 from bridge.hidden_pool import HiddenPool, Lease
 from kdjax.algorithms.base import Teacher
 from kdjax.config import Config
-from kdjax.data import Batch, DataStream, HostBatch, eval_batches, load_tokenizer, shared_vocabulary
+from kdjax.data import Batch, DataStream, HostBatch, compare_vocabularies, eval_batches, load_tokenizer, valid_ids
 from kdjax.errors import UserError
+from kdjax.losses import Head
 from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
 
@@ -41,8 +42,6 @@ class DeviceBatch:
 
     arrays: Batch
     host: HostBatch
-    position: dict[str, Any] = field(default_factory=dict)
-    """Where the data stream stands after this batch."""
     seconds: dict[str, float] = field(default_factory=dict)
     """How long the teacher, the transfer and the wait for them took."""
     release_after: Any = lambda array: None
@@ -66,35 +65,38 @@ class Stream:
         self._engine: RemoteEngine | None = None
         self._worker: _Ahead | None = None
         self.teachers: tuple[Teacher, ...] = ()
-        self.tokenizer = load_tokenizer(config)
-        shape = dict(
-            batch=config.train.batch_size, accumulate=config.train.accumulate, shards=self.shards,
-            seed=config.train.seed,
+        self.tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path or config.student.path)
+        self._shape = dict(batch=rows, shards=self.shards)
+        self.data = DataStream(
+            config.data, self.tokenizer, accumulate=config.train.accumulate, seed=config.train.seed,
+            **self._shape,
         )
-        self.data = DataStream(config.data, self.tokenizer, **shape)
-        self._shape = shape
+        self._exit.callback(self.data.close)
         if config.teacher.path is not None:
             self._connect(log)
 
     def _connect(self, log: Path | None) -> None:
         config, teacher = self.config, self.config.teacher
         head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules())
-        head = replace(head, valid=shared_vocabulary(config, self.tokenizer, head))
-        self.teachers = (Teacher(head, model.hidden_size, teacher.path),)
+        self.teachers = (Teacher(replace(head, valid=self._shared_ids(head)), model.hidden_size, teacher.path),)
         dtype = teacher.dtype if teacher.dtype != "auto" else (
             "float32" if jax.default_backend() == "cpu" else "bfloat16")
-        tokens = config.train.batch_size * config.data.max_len
+        capacity = config.train.batch_size * config.data.max_len + 64 * self.shards
         self._slots = teacher.lookahead + 2
-        self.pool = self._exit.enter_context(
-            HiddenPool.create(rows=self._slots * (tokens + 64 * self.shards), width=model.hidden_size, dtype=dtype)
+        self.pool = HiddenPool.create(rows=self._slots * capacity, width=model.hidden_size, dtype=dtype)
+        self._exit.callback(self.pool.close)
+        self._engine = start_engine(
+            teacher.path, kind=teacher.engine, pool=self.pool, log=log or Path(config.output) / "engine.log",
+            threads=teacher.threads, start_timeout=teacher.start_timeout, call_timeout=teacher.timeout,
+            options=_engine_options(config), wait=False,
         )
-        self._engine = self._exit.enter_context(
-            start_engine(
-                teacher.engine, teacher.path, pool=self.pool, dtype=dtype, log=log, threads=teacher.threads,
-                start_timeout=teacher.start_timeout, timeout=teacher.timeout,
-                args=_engine_args(config),
-            )
-        )
+        self._exit.callback(self._engine.close)
+
+    def _shared_ids(self, head: Head) -> jax.Array:
+        """bool [V]: the ids that mean something to both models. Raises UserError when their vocabularies differ."""
+        theirs = load_tokenizer(self.config.teacher.path)
+        compare_vocabularies(self.tokenizer, theirs, self.config.data.special_token_map)
+        return jax.numpy.asarray(valid_ids(theirs, head.vocabulary) & valid_ids(self.tokenizer, head.vocabulary))
 
     def __iter__(self) -> Iterator[DeviceBatch]:
         return self
@@ -104,27 +106,32 @@ class Stream:
             self._worker = _Ahead(self._produce, self.config.teacher.lookahead if self._engine else 1)
             self._exit.callback(self._worker.stop)
         start = time.perf_counter()
-        host, position, lease, seconds = self._worker.take()
+        host, lease, seconds = self._worker.take()
         seconds = seconds | {"waiting": time.perf_counter() - start}
         start = time.perf_counter()
         arrays = self.place(host, lease)
-        batch = DeviceBatch(arrays, host, position, seconds | {"transfer": time.perf_counter() - start})
+        batch = DeviceBatch(arrays, host, seconds | {"transfer": time.perf_counter() - start})
         if lease is not None:
             batch.release_after = lambda array: self._leases.append((array, lease))
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The data position before anything was taken; afterwards each batch carries its own ``position``."""
+        """The data position before anything was taken; afterwards each ``batch.host`` carries its own."""
         return self.data.state()
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Continue after the batch that carried ``position``. Call it before taking a batch."""
+        """Continue after the batch whose ``host.state`` is ``position``. Call it before taking a batch."""
         self.data.restore(position)
+
+    def wait_ready(self) -> None:
+        """Until the teacher answers. Raises EngineError when it does not start in time."""
+        if self._engine is not None:
+            self._engine.wait_ready()
 
     def evaluation(self) -> list[DeviceBatch]:
         """Every held-out row once, with teacher rows computed here, once, and kept outside the pool."""
         batches = []
-        for host in eval_batches(self.config.data, self.tokenizer, limit=self.config.train.eval_rows, **self._shape):
+        for host in eval_batches(self.config.data, self.tokenizer, max_rows=self.config.train.eval_rows, **self._shape):
             lease, _ = self._consult(host)
             arrays = self.place(host, lease, copy=True)
             if lease is not None:
@@ -132,6 +139,12 @@ class Stream:
                 lease.release()
             batches.append(DeviceBatch(arrays, host))
         return batches
+
+    def sample(self, count: int) -> list[np.ndarray]:
+        """int32 ids of the first few training documents, to compare two engines on."""
+        data = replace(self.config.data, on_bad_row="skip")
+        hosts = eval_batches(data, self.tokenizer, sources=data.train[:1], max_rows=count, **self._shape)
+        return [placed.document.ids for host in hosts for placed in host.documents][:count]
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
         """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""
@@ -148,24 +161,22 @@ class Stream:
         """[A, G·N, E] assembled from one view per data shard. A device that does not own the memory gets a copy."""
         micro, shards, rows = shape
         sharding = NamedSharding(self.mesh, P(None, BATCH_AXES, None))
-        total = (micro, shards * rows, self.pool.width)
+        total = (micro, shards * rows, self.pool.spec.width)
         views = {}
         pieces = []
         for device, index in sharding.addressable_devices_indices_map(total).items():
             shard = (index[1].start or 0) // rows
             if shard not in views:
-                exported = lease.view(shard, shape=(micro, rows, self.pool.width))
-                views[shard] = jax.dlpack.from_dlpack(exported, copy=False)
+                views[shard] = jax.dlpack.from_dlpack(lease.view(shard, micro), copy=False)
             view = views[shard]
             piece = view if view.device == device else jax.device_put(view, device)
             pieces.append(jax.numpy.array(piece, copy=True) if copy and piece is view else piece)
         return jax.make_array_from_single_device_arrays(total, sharding, pieces)
 
-    def _produce(self) -> tuple[HostBatch, dict[str, Any], Lease | None, dict[str, float]]:
+    def _produce(self) -> tuple[HostBatch, Lease | None, dict[str, float]]:
         host = next(self.data)
-        position = self.data.state()
         lease, seconds = self._consult(host)
-        return host, position, lease, seconds
+        return host, lease, seconds
 
     def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
         """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took."""
@@ -177,10 +188,7 @@ class Stream:
         start = time.perf_counter()
         try:
             self._engine.prefill([
-                Prefill(
-                    ids=placed.document.teacher_ids_or_own, spans=placed.spans,
-                    row=lease.starts[placed.shard] + placed.micro * rows + placed.offset,
-                )
+                Prefill(*placed.document.teacher_request, lease.starts[placed.shard] + placed.micro * rows + placed.offset)
                 for placed in host.documents
             ])
         except BaseException:
@@ -221,7 +229,8 @@ def stream(config: Config, mesh: Mesh | None = None, *, log: Path | None = None)
     return Stream(config, mesh, log=log)
 
 
-def _engine_args(config: Config) -> dict[str, Any]:
+def _engine_options(config: Config) -> dict[str, Any]:
+    """SGLang's server arguments that have keys of their own, then the user's; plain transformers has none."""
     teacher = config.teacher
     if teacher.engine != "sglang":
         return dict(teacher.args)
@@ -229,7 +238,7 @@ def _engine_args(config: Config) -> dict[str, Any]:
         tp_size=teacher.tp, pp_size=teacher.pp, ep_size=teacher.ep, quantization=teacher.quantization,
         mem_fraction_static=teacher.mem_fraction, trust_remote_code=teacher.trust_remote_code,
     )
-    return named | teacher.args
+    return named | dict(teacher.args)
 
 
 class _Ahead:

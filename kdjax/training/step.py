@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,18 +31,12 @@ class Step:
         self.model, self.algorithm, self.mesh = model, algorithm, mesh or _mesh_of(model)
         self._graphs, params, self._frozen = _split(model, algorithm)
         replicated = NamedSharding(self.mesh, P())
-        params = jax.tree.map(lambda x: x if x.sharding.device_set == replicated.device_set
-                              else jax.device_put(x, replicated), params)
-        self._frozen = jax.tree.map(lambda x: x if x.sharding.device_set == replicated.device_set
-                                    else jax.device_put(x, replicated), self._frozen)
-        shardings = jax.tree.map(lambda x: x.sharding, params)
-        abstract = jax.eval_shape(optimizer.init, params)
-        moments = optax.tree.map_params(optimizer, lambda _, s: s, abstract, shardings,
-                                        transform_non_params=lambda _: replicated)
-        self.shardings = {"params": shardings, "opt": moments, "step": replicated}
-        with jax.set_mesh(self.mesh):
-            opt = jax.jit(optimizer.init, out_shardings=moments)(params)
+        on_mesh = partial(_on_mesh, replicated=replicated)
+        params, self._frozen = jax.tree.map(on_mesh, (params, self._frozen))
+        # Moments are made like the parameters one by one, outside jit, and so lie where the parameters lie.
+        opt = jax.tree.map(on_mesh, optimizer.init(params))
         self.state = {"params": params, "opt": opt, "step": jax.device_put(jnp.zeros((), jnp.int32), replicated)}
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.state)
         graphs = self._graphs
         self._update = jax.jit(
             lambda state, frozen, batch: _update(graphs, optimizer, state, frozen, batch),
@@ -71,6 +66,12 @@ def make_step(model: nnx.Module, algorithm: nnx.Module, optimizer: optax.Gradien
               mesh: Mesh | None = None) -> Step:
     """Compile-once training step; see ``Step``. ``mesh`` defaults to the one that the model's parameters live on."""
     return Step(model, algorithm, optimizer, mesh)
+
+
+def _on_mesh(x: jax.Array, replicated: NamedSharding) -> jax.Array:
+    """``x`` as it is if it lies on the mesh already, else a copy on every device."""
+    return x if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == replicated.mesh else jax.device_put(
+        x, replicated)
 
 
 def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
