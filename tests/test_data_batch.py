@@ -61,7 +61,8 @@ def test_a_packed_batch_holds_exactly_its_parts(accumulate, batch, shards):
     covered, targets = np.zeros(arrays.tokens.shape, int), 0
     labels = arrays.labels.reshape(arrays.rows.shape)
     for placed in host.documents:
-        made, here = placed.document, (placed.micro, placed.row, slice(placed.start, placed.start + len(placed.document)))
+        made = placed.document
+        here = (placed.micro, placed.row, slice(placed.start, placed.start + len(made)))
         assert np.array_equal(arrays.tokens[here], made.ids)
         assert np.array_equal(arrays.positions[here], np.arange(len(made)))
         assert len(set(arrays.segment_ids[here].tolist())) == 1 and arrays.segment_ids[here][0] > 0

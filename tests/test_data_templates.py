@@ -1,5 +1,6 @@
 """the assistant's tokens, and no others, carry loss: on replicas of published chat templates, masks written by hand."""
 
+import json
 import re
 
 import pytest
@@ -126,6 +127,19 @@ def test_generation_markers_are_used():
     bare = re.sub(r"\{%-? *(end)?generation *-?%\}", "", plain().chat_template)
     assert "generation -%}" not in bare
     assert encode(plain(), CHAT, chat_template=bare) == expected
+
+
+def test_marked_answers_agree_with_transformers(root):
+    rows = [json.loads(line) for line in (root / "examples/data/gsm8k_test.jsonl").read_text().splitlines()[:40]]
+    encoder = Encoder(plain())
+    for row in rows:
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        (document,) = encoder(Example(messages=tuple(messages)), "here:1")
+        theirs = plain().apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert document.ids.tolist() == theirs["input_ids"]
+        assert document.loss.astype(int).tolist() == theirs["assistant_masks"]
 
 
 def test_what_a_template_adds_behind_the_answer_carries_no_loss():

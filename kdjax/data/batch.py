@@ -25,15 +25,15 @@ Spans = tuple[tuple[int, int], ...]
 class Document:
     """One tokenized text. ``loss[t]`` says that token t, as a target, carries loss; the first token never does.
 
-    ``teacher_ids`` and ``teacher_loss`` are there when the teacher reads another prompt (context distillation). Its loss
-    tokens are then the very same tokens in the same order, so row i of one lines up with row i of the other.
+    ``teacher_ids`` and ``teacher_loss`` are there when the teacher reads another prompt (context distillation). Its
+    loss tokens are then the very same tokens in the same order, so row i of one lines up with row i of the other.
     """
 
-    ids: Int32[np.ndarray, "T"]
-    loss: Bool[np.ndarray, "T"]
+    ids: Int32[np.ndarray, " T"]
+    loss: Bool[np.ndarray, " T"]
     source: str
-    teacher_ids: Int32[np.ndarray, "U"] | None = None
-    teacher_loss: Bool[np.ndarray, "U"] | None = None
+    teacher_ids: Int32[np.ndarray, " U"] | None = None
+    teacher_loss: Bool[np.ndarray, " U"] | None = None
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.loss.shape or self.ids.ndim != 1 or not self.ids.size or self.loss[0]:
@@ -47,21 +47,21 @@ class Document:
         return len(self.ids)
 
     @cached_property
-    def loss_rows(self) -> Int32[np.ndarray, "n"]:
+    def loss_rows(self) -> Int32[np.ndarray, " n"]:
         """Positions whose next token is a loss token, ascending."""
         return np.flatnonzero(self.loss[1:]).astype(np.int32)
 
     @cached_property
-    def labels(self) -> Int32[np.ndarray, "n"]:
+    def labels(self) -> Int32[np.ndarray, " n"]:
         return self.ids[self.loss_rows + 1]
 
     @property
-    def teacher_labels(self) -> Int32[np.ndarray, "n"]:
+    def teacher_labels(self) -> Int32[np.ndarray, " n"]:
         ids, loss = self.teacher_view
         return ids[np.flatnonzero(loss[1:]) + 1]
 
     @property
-    def teacher_view(self) -> tuple[Int32[np.ndarray, "U"], Bool[np.ndarray, "U"]]:
+    def teacher_view(self) -> tuple[Int32[np.ndarray, " U"], Bool[np.ndarray, " U"]]:
         """What the teacher reads: its own ids and loss mask, or the student's."""
         return (self.ids, self.loss) if self.teacher_ids is None else (self.teacher_ids, self.teacher_loss)
 
@@ -71,7 +71,7 @@ class Document:
         return _runs(self.loss[1:])
 
     @cached_property
-    def teacher_request(self) -> tuple[Int32[np.ndarray, "U"], Spans]:
+    def teacher_request(self) -> tuple[Int32[np.ndarray, " U"], Spans]:
         """Ids for the teacher's prefill, and the runs of its rows that carry loss: as many rows as ``labels``."""
         ids, loss = self.teacher_view
         return ids, _runs(loss[1:])
@@ -209,6 +209,6 @@ def _deal(weights: Sequence[int], groups: int, room: int) -> list[list[int]]:
     return dealt
 
 
-def _runs(flags: Bool[np.ndarray, "T"]) -> Spans:
+def _runs(flags: Bool[np.ndarray, " T"]) -> Spans:
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
     return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))

@@ -53,8 +53,7 @@ def open_rows(path: str, split: str | None = None) -> Rows:
     else:
         raise UserError(f"{path}: no such file, folder or hub dataset")
     if bounds is not None:
-        start, stop = (_resolve(bound, len(rows), default) for bound, default in zip(bounds, (0, len(rows)), strict=True))
-        rows = RowRange(rows, start, stop)
+        rows = RowRange(rows, _resolve(bounds[0], len(rows), 0), _resolve(bounds[1], len(rows), len(rows)))
     if len(rows) == 0:
         raise UserError(f"{path}{f' ({split})' if split else ''}: the dataset has no rows")
     return rows
@@ -172,10 +171,13 @@ def _open_csv(path: Path) -> Rows:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
+            fields = len(reader.fieldnames or ())
+            before = reader.line_num
             for row in reader:
-                names.append(f"{path}:{reader.line_num}")
+                names.append(f"{path}:{before + 1}")
+                before = reader.line_num
                 if None in row or None in row.values():
-                    row = RowError(f"expected {len(reader.fieldnames or ())} fields as in the header, found another number")
+                    row = RowError(f"expected {fields} fields as in the header, found another number")
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error

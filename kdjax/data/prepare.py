@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from kdjax.data.batch import Document
-from kdjax.data.files import Rows, RowRange, open_rows
+from kdjax.data.files import RowRange, Rows, open_rows
 from kdjax.data.formats import RowError, RowReader, choose_reader
 from kdjax.data.template import Encoder
 from kdjax.errors import UserError
@@ -36,7 +36,9 @@ class Prepared:
 class Prepare:
     """Maps a row number of one source to what becomes of the row; called from several threads."""
 
-    def __init__(self, rows: Rows, reader: RowReader, encoder: Encoder, data: Any, max_len: int, vocab_size: int | None):
+    def __init__(
+        self, rows: Rows, reader: RowReader, encoder: Encoder, data: Any, max_len: int, vocab_size: int | None
+    ):
         self._rows, self._reader, self._encoder = rows, reader, encoder
         self._truncate, self._max_len, self._vocab_size = data.on_long_row == "truncate", max_len, vocab_size
 
@@ -66,7 +68,7 @@ class Prepare:
     def _check_ids(self, document: Document) -> None:
         top = max(int(ids.max()) for ids in (document.ids, document.teacher_view[0]))
         if self._vocab_size is not None and top >= self._vocab_size:
-            raise RowError(f"token id {top} is beyond the model's {self._vocab_size} ids; use the model's own tokenizer")
+            raise RowError(f"token id {top} is beyond the model's {self._vocab_size} ids; use its own tokenizer")
 
 
 def truncate(document: Document, max_len: int) -> Document | None:
@@ -124,7 +126,8 @@ def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: {path} cannot be read ({getattr(error, 'strerror', 'not text')})") from None
+        reason = getattr(error, "strerror", "not text")
+        raise UserError(f"data.chat_template: {path} cannot be read ({reason})") from None
 
 
 def _length(document: Document) -> int:

@@ -100,9 +100,7 @@ class DataStream(Iterator[HostBatch]):
         self._seq_len = data.max_len if seq_len is None else seq_len
         self._seed = seed
         sources = data.train if sources is None else sources
-        opened = open_sources(
-            sources, data, tokenizer, max_len=self._seq_len, vocab_size=vocab_size, seed=seed
-        )
+        opened = open_sources(sources, data, tokenizer, max_len=self._seq_len, vocab_size=vocab_size, seed=seed)
         self._sizes = [len(rows) for rows in opened]
         self.rows_per_epoch = sum(self._sizes)
         weights = [None if in_order else source.weight for source in sources]
@@ -222,7 +220,7 @@ class DataStream(Iterator[HostBatch]):
         rows, first = self._data.packing_bins, len(self._waiting)
         waiting, tokens = list(self._waiting), sum(len(d) for _, d in self._waiting)
         enough = rows * self._seq_len * SURPLUS
-        while (tokens < enough if self._data.packing else len(waiting) < rows):
+        while tokens < enough if self._data.packing else len(waiting) < rows:
             documents = self._next_documents()
             if documents is None:
                 break

@@ -87,7 +87,7 @@ class Encoder:
             raise RowError("the response has other tokens behind the teacher's prompt than behind the student's")
         return [Document(ids, loss, source, teacher_ids, teacher_loss)]
 
-    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Int32[np.ndarray, "T"]:
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Int32[np.ndarray, " T"]:
         """Ids of the conversation so far with the header that asks the assistant to speak."""
         text, _ = self._render(messages, tools, add_generation_prompt=True)
         return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
@@ -114,7 +114,7 @@ class Encoder:
 
     def _last_turn(
         self, messages: Sequence[Message], tools: list[Any] | None
-    ) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    ) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
         """Ids and mask with loss on the last assistant turn alone."""
         last = self._texts(messages, tools)[-1]
         if not last.loss:
@@ -148,7 +148,7 @@ class Encoder:
         ends = [match.end() for match in self._special.finditer(whole, start)]
         return ends[-1] if ends and not whole[ends[-1] :].strip() else len(whole)
 
-    def _tokenize(self, text: _Text) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    def _tokenize(self, text: _Text) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
         encoding = self._backend.encode(text.text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int32)
         if not ids.size:

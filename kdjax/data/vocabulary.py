@@ -31,7 +31,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def valid_ids(tokenizer: Any, size: int) -> Bool[np.ndarray, "V"]:
+def valid_ids(tokenizer: Any, size: int) -> Bool[np.ndarray, " V"]:
     """Which of a head's ``size`` ids the tokenizer has a token for; the others are padding of the head.
 
     Ids have gaps, so this follows ``get_vocab()`` and not its length. Tokens beyond the head are left out: some
