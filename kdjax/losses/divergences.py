@@ -109,14 +109,13 @@ def akl(
     """
     _require("adaptive_alpha", adaptive_alpha, "between 0 and 1", lambda a: 0 <= a <= 1)
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
-    p = lax.stop_gradient(jnp.exp(log_p))
-    gap = jnp.abs(p - lax.stop_gradient(jnp.exp(log_q)))
-    tail = _tail(lax.stop_gradient(floored(teacher_logits / temperature)), p, adaptive_alpha, vocab)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    gap = jnp.abs(p - q)
+    tail = _tail(*lax.stop_gradient((floored(teacher_logits / temperature), p)), adaptive_alpha, vocab)
     in_head, in_tail = vocab.sum(jnp.where(tail, 0, gap)), vocab.sum(jnp.where(tail, gap, 0))
     both = in_head + in_tail
-    weight = jnp.where(both > 0, in_head / jnp.where(both > 0, both, 1), 1)
-    weight = lax.stop_gradient(weight)[..., None]
-    return vocab.sum(weight * _kl_terms(log_p, log_q) + (1 - weight) * _kl_terms(log_q, log_p))
+    w = lax.stop_gradient(jnp.where(both > 0, in_head / jnp.where(both > 0, both, 1), 1))[..., None]
+    return vocab.sum((w * p - (1 - w) * q) * (log_p - log_q) + (1 - 2 * w) * (p - q))
 
 
 @register_divergence("tvd", split_vocab=True)
@@ -193,36 +192,37 @@ def _log_mixture(share: float, log_a: Array, log_b: Array) -> Array:
 
 
 def _tail(logits: Array, p: Array, alpha: float, vocab: Vocab) -> Bool[Array, "*rows V"]:
-    """The tail of akl by two bisections, on the threshold and on the last id taken at the threshold.
+    """The tail of akl by two bisections: on the threshold, then on the ids of the tokens that lie at the threshold.
 
-    Sorting would need whole rows on one device, and on every kind of device costs more than these masked sums.
+    Sorting would need whole rows on one device, and costs more there than these masked sums.
     """
-    # The integer order of these keys is the order of the floats.
-    bits = lax.bitcast_convert_type(logits, jnp.int32)
-    key = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
     ids = vocab.ids(p.shape[-1])
-    rows = p.shape[:-1]
 
     def exceeds(taken: Array) -> Array:
         return vocab.sum(jnp.where(taken, p, 0)) > alpha
 
-    def first(exceeds_at: Callable[[Array], Array], low: int, high: int, steps: int) -> Array:
+    def first(exceeds_at: Callable[[Array], Array], low: Array, high: Array) -> Array:
         """The smallest number in (low, high] whose test holds; ``high`` if none does."""
 
-        def halve(_, span: tuple[Array, Array]) -> tuple[Array, Array]:
+        def halve(span: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = span
             middle = (low & high) + ((low ^ high) >> 1)  # the mean rounded down, without overflow
             over = exceeds_at(middle)
             return jnp.where(over, low, middle), jnp.where(over, middle, high)
 
-        span = jnp.full(rows, low, jnp.int32), jnp.full(rows, high, jnp.int32)
-        return lax.fori_loop(0, steps, halve, span)[1]
+        return lax.while_loop(lambda span: (span[0] + 1 < span[1]).any(), halve, (low, high))[1]
 
-    info = jnp.iinfo(jnp.int32)
-    threshold = first(lambda t: exceeds(key <= t[..., None]), info.min, info.max, 32)[..., None]
-    below, at = key < threshold, key == threshold
-    size = vocab.size(p.shape[-1])
-    last = first(lambda i: exceeds(below | (at & (ids <= i[..., None]))), -1, size, size.bit_length())
+    def number(key: Array) -> Array:
+        """The float of an integer key; keys are ordered as their floats."""
+        return lax.bitcast_convert_type(jnp.where(key < 0, key ^ jnp.int32(0x7FFFFFFF), key), jnp.float32)[..., None]
+
+    rows = jnp.zeros(p.shape[:-1], jnp.int32)
+    infinity = 0x7F800000
+    key = first(lambda key: exceeds(logits <= number(key)), rows - infinity - 1, rows + infinity)
+    below, at = logits < number(key), logits == number(key)
+    alone = vocab.sum(at.astype(jnp.float32)) <= 1
+    end = jnp.where(alone, 0, vocab.size(p.shape[-1]))
+    last = first(lambda last: exceeds(below | (at & (ids <= last[..., None]))), rows - 1, end)
     return below | (at & (ids < last[..., None]))
 
 

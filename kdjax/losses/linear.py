@@ -16,8 +16,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.errors import UserError
-from kdjax.losses.chunks import Fixed, Plan, Side, totals_and_sums
+from kdjax.losses.chunks import Fixed, Plan, Side
 from kdjax.losses.divergences import ce, kl, rkl
+from kdjax.losses.fused import totals_and_sums
 from kdjax.losses.head import Head, as_head
 from kdjax.losses.registry import Divergence, find_divergence
 from kdjax.losses.vocab import Vocab, masked
@@ -52,7 +53,8 @@ def linear_divergence(
         divergence: a name, ``path/my.py:function``, or a function of logits; ``params`` and ``temperature`` go to it.
         mask: rows that carry loss. The others may hold anything.
         mesh: how to split rows and vocabulary; by default the ambient one.
-        chunk_rows: rows whose logits exist at a time on one device; by default 256 on a CPU, 1,024 elsewhere, more if V is small.
+        chunk_rows: rows whose logits exist at a time on one device; by default 256 on a CPU and 1,024 elsewhere, or
+            more where V is small.
 
     Returns float32 scalars. Raises UserError for shapes that do not fit and for what ``divergence`` refuses.
     """

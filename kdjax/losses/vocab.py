@@ -32,9 +32,14 @@ class Vocab:
 
     axis: str | None = None
 
+    @property
+    def parts(self) -> int:
+        """How many devices share the vocabulary."""
+        return 1 if self.axis is None else lax.axis_size(self.axis)
+
     def size(self, columns: int) -> int:
         """How many ids there are in all."""
-        return columns * (1 if self.axis is None else lax.axis_size(self.axis))
+        return columns * self.parts
 
     def ids(self, columns: int) -> Int[Array, " V"]:
         """The vocabulary ids of this device's ``columns`` columns."""
