@@ -97,14 +97,9 @@ class RemoteEngine:
         """the server's process id, None once it is stopped"""
         return None if self._server is None else self._server.process.pid
 
-    def wait_ready(self, timeout: float | None = None) -> None:
+    def wait_ready(self) -> None:
         """return when the engine takes calls; raises EngineError where it fails or `start_timeout` passes"""
-        with self._turn:
-            server = self._running("starting")
-            if not server.ready:
-                left = server.began + self.start_timeout - time.monotonic() if timeout is None else timeout
-                server.leftovers += self._receive(server, server.work, time.monotonic() + left, "starting", left)
-                server.ready = True
+        self._ready("wait_ready")
 
     def prefill(self, prompts: Sequence[Prefill], timeout: float | None = None) -> None:
         """raises ValueError unless every row lies in a lease, EngineError if a row did not arrive"""
@@ -158,9 +153,10 @@ class RemoteEngine:
 
     def health(self, timeout: float = 10.0) -> Health:
         """how the engine is, also while it is busy; raises EngineError when it does not answer"""
-        self.wait_ready()
+        server = self._running("health")
+        if not server.ready:  # once it is, the turn of a call in progress must not be waited for
+            self.wait_ready()
         with self._watch_turn:
-            server = self._running("health")
             self._send(server, server.watch, None, timeout, "health")
             return self._receive(server, server.watch, time.monotonic() + timeout, "health", timeout, plain=True)
 
@@ -206,11 +202,19 @@ class RemoteEngine:
             raise EngineError(f"{self._name()} is stopped, so it cannot answer {what}: restart it")
         return self._server
 
+    def _ready(self, what: str) -> "_Server":
+        with self._turn:
+            server = self._running(what)
+            if not server.ready:
+                deadline = server.began + self.start_timeout
+                server.leftovers += self._receive(server, server.work, deadline, "starting", self.start_timeout)
+                server.ready = True
+            return server
+
     def _call(self, method: str, args: tuple, timeout: float | None) -> Any:
         timeout = self.call_timeout if timeout is None else timeout
         with self._turn:
-            self.wait_ready()
-            server = self._running(method)
+            server = self._ready(method)
             deadline = time.monotonic() + timeout
             self._send(server, server.work, (method, args), timeout, method)
             return self._receive(server, server.work, deadline, method, timeout)

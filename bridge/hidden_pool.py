@@ -192,9 +192,7 @@ class HiddenPool:
         with self._change:
             free = sum(length for _, length in self._runs)
             used = self.spec.rows - free
-            return PoolUsage(
-                self.spec.rows, used, free, self._peak, len(self._leases), len(self._queue), self._waited
-            )
+            return PoolUsage(self.spec.rows, used, free, self._peak, len(self._leases), len(self._queue), self._waited)
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
         """clear the stamps of rows (start, count) that an engine is about to write
@@ -228,6 +226,12 @@ class HiddenPool:
         with self._change:
             self._remove()
             self._change.notify_all()
+
+    def __enter__(self) -> "HiddenPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _take(self, needs: list[int]) -> list[int] | None:
         """cut a run of each length out of the free runs, first fit; None, and nothing changed, if one does not fit"""

@@ -33,8 +33,15 @@ def main() -> None:
     for connection in (work, watch):
         os.set_inheritable(connection.fileno(), False)
     hosts: list[Host] = []
-    closing = threading.Event()
-    threading.Thread(target=_watch, args=(watch, trainer, hosts), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(watch, trainer, hosts), daemon=True)
+    watcher.start()
+    try:
+        _serve(work, hosts)
+    except (EOFError, ConnectionError):  # the trainer is gone: the watcher is about to end this process
+        watcher.join()
+
+
+def _serve(work: Connection, hosts: list[Host]) -> None:
     spec = work.recv()
     try:
         host = Host(spec)
@@ -43,6 +50,7 @@ def main() -> None:
         work.send(("failed", f"{type(error).__name__}: {error}"))
         end(1)
     hosts.append(host)
+    closing = threading.Event()
     threading.Thread(target=_mourn, args=(closing,), daemon=True).start()
     work.send(("done", own_files()))
     while True:

@@ -106,9 +106,7 @@ class SGLangEngine:
 
         bucket = FlattenedTensorBucket(named_tensors=tensors)
         content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        payloads = [
-            MultiprocessingSerializer.serialize(content) for _ in range(self._engine.server_args.tp_size)
-        ]
+        payloads = [MultiprocessingSerializer.serialize(content) for _ in range(self._engine.server_args.tp_size)]
         names = ", ".join(name for name, _ in tensors[:3])
         _raise_failure(
             f"update_weights_from_tensor ({names}, … {len(tensors)} tensors)",

@@ -1,0 +1,296 @@
+"""Are leased rows viewed without a copy, never handed out twice, and never left behind?"""
+
+import ctypes
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from bridge.dlpack import DLPackView, _held
+from bridge.errors import EngineError
+from bridge.hidden_pool import SHARED, HiddenPool, sweep
+
+
+@pytest.fixture
+def pool():
+    with HiddenPool.create(rows=256, width=64, dtype="float32") as pool:
+        yield pool
+
+
+def segment(pool: HiddenPool) -> torch.Tensor:
+    """a second mapping of the pool's rows, as an engine has"""
+    spec = pool.spec
+    rows = torch.frombuffer(spec.map(), dtype=getattr(torch, spec.dtype), count=spec.rows * spec.width)
+    return rows.view(spec.rows, spec.width)
+
+
+def on_one_device(view: DLPackView) -> jax.Array:
+    return jax.dlpack.from_dlpack(view, copy=False)
+
+
+def test_jax_reads_the_segment_itself(pool):
+    with pool.lease([5, 9], timeout=1) as lease:
+        rows = segment(pool)
+        rows[lease.starts[1]] = 3.0
+        array = on_one_device(lease.view(1))
+        assert array.shape == (9, 64) and array.dtype == jnp.float32
+        offset = array.unsafe_buffer_pointer() - pool._address
+        assert offset == lease.starts[1] * pool.spec.row_bytes and 0 <= offset < pool.spec.bytes
+        assert float(array[0, 0]) == 3.0
+        rows[lease.starts[1]] = 4.0  # another mapping of the same memory: a copy would not see it
+        assert float(array[0, 0]) == 4.0
+
+
+def test_a_jitted_step_is_given_the_segment_itself(pool):
+    """a custom call inside the compiled step reports the address that it reads"""
+    seen = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+    def record(out, inputs):
+        seen.append(inputs[0])
+
+    new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    capsule = new_capsule(("PyCapsule_New", ctypes.pythonapi))(
+        ctypes.cast(record, ctypes.c_void_p), b"xla._CUSTOM_CALL_TARGET", None
+    )
+    jax.ffi.register_ffi_target("record_address", capsule, platform="cpu", api_version=0)
+    report = jax.ffi.ffi_call(
+        "record_address", jax.ShapeDtypeStruct((1,), jnp.float32), custom_call_api_version=1, has_side_effect=True
+    )
+    step = jax.jit(lambda x: (report(x), x.sum()))
+    with pool.lease([4, 16], timeout=1) as lease:
+        segment(pool).fill_(2.0)
+        _, total = step(on_one_device(lease.view(1)))
+        assert float(total) == 2.0 * 16 * 64
+        assert seen == [pool._address + lease.starts[1] * pool.spec.row_bytes]
+
+
+def test_bfloat16_rows_are_the_same_bits():
+    with HiddenPool.create(rows=32, width=48, dtype="bfloat16") as pool, pool.lease([7, 3], timeout=1) as lease:
+        values = torch.randn(7, 48).to(torch.bfloat16)
+        segment(pool)[lease.starts[0] : lease.starts[0] + 7] = values
+        array = on_one_device(lease.view(0))
+        assert array.dtype == jnp.bfloat16
+        assert (np.asarray(array).view(np.uint16) == values.view(torch.uint16).numpy()).all()
+        assert torch.equal(torch.from_dlpack(lease.view(0)), values)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1, "float32"), (24, "bfloat16"), (100, "float32"), (64, "float32")])
+def test_every_run_starts_aligned(width, dtype):
+    with HiddenPool.create(rows=300, width=width, dtype=dtype) as pool, pool.lease([1, 2, 33, 7], timeout=1) as lease:
+        for shard, count in enumerate(lease.counts):
+            array = on_one_device(lease.view(shard))
+            assert array.unsafe_buffer_pointer() % 64 == 0 and array.shape == (count, width)
+
+
+def test_unaligned_memory_raises_instead_of_copying(pool):
+    with pytest.raises(ValueError, match="4 bytes past a 64-byte boundary"):
+        DLPackView(pool._memory, pool._address + 4, (1, 4), "float32")
+    with pool.lease([4], timeout=1) as lease, pytest.raises(BufferError, match="no copy"):
+        lease.view(0).__dlpack__(copy=True)
+
+
+def test_an_array_outlives_lease_pool_and_segment():
+    pool = HiddenPool.create(rows=16, width=16, dtype="float32")
+    lease = pool.lease([16], timeout=1)
+    segment(pool).fill_(5.0)
+    array = on_one_device(lease.view(0))
+    path = pool.spec.path
+    lease.release()
+    pool.close()
+    del lease, pool
+    assert not Path(path).exists()
+    assert float(array.sum()) == 5.0 * 256
+
+
+def test_capsules_are_let_go(pool):
+    with pool.lease([4], timeout=1) as lease:
+        before = len(_held)
+        array, tensor = on_one_device(lease.view(0)), torch.from_dlpack(lease.view(0))
+        unused = lease.view(0).__dlpack__()
+        assert len(_held) == before + 3
+        del array, tensor, unused
+        assert len(_held) == before
+
+
+def test_release_twice_and_view_after_release_raise(pool):
+    lease = pool.lease([4], timeout=1)
+    lease.release()
+    with pytest.raises(ValueError, match="released twice"):
+        lease.release()
+    with pytest.raises(ValueError, match="is released"):
+        lease.view(0)
+
+
+def test_a_full_pool_waits_for_a_release(pool):
+    held = pool.lease([256], timeout=1)
+    threading.Timer(0.2, held.release).start()
+    began = time.monotonic()
+    with pool.lease([10], timeout=5):
+        assert 0.15 < time.monotonic() - began < 2
+    assert pool.usage().waited >= 0.15
+
+
+def test_a_full_pool_gives_up_and_says_why(pool):
+    with pool.lease([200], timeout=1), pool.lease([16], timeout=1):
+        with pytest.raises(EngineError, match=r"waited 0.1 s .* 40 of 256 rows are free .* 2 leases"):
+            pool.lease([100], timeout=0.1)
+        with pool.lease([30], timeout=0.1):  # the failed wait is out of the queue
+            pass
+
+
+def test_a_lease_no_pool_can_give_is_refused_at_once(pool):
+    for counts in ([257], [200, 100], [], [0]):
+        with pytest.raises(ValueError, match="needs at least one row"):
+            pool.lease(counts)
+
+
+def test_waiting_is_first_come_first_served(pool):
+    held = pool.lease([200], timeout=1)
+    order = []
+
+    def take(name: str, rows: int) -> None:
+        with pool.lease([rows], timeout=5):
+            order.append(name)
+
+    threads = []
+    for name, rows in (("large", 256), ("small", 1)):
+        threads.append(threading.Thread(target=take, args=(name, rows)))
+        threads[-1].start()
+        while pool.usage().waiting < len(threads):
+            time.sleep(0.005)
+    held.release()  # rows for "small" were free all along: it must not overtake
+    for thread in threads:
+        thread.join()
+    assert order == ["large", "small"]
+
+
+def test_closing_the_pool_wakes_who_waits(pool):
+    pool.lease([256], timeout=1)
+    threading.Timer(0.1, pool.close).start()
+    with pytest.raises(EngineError, match="closed"):
+        pool.lease([1], timeout=5)
+
+
+def test_usage_counts_rows(pool):
+    with pool.lease([100], timeout=1), pool.lease([1, 2], timeout=1):
+        pass
+    usage = pool.usage()
+    assert (usage.rows, usage.used, usage.free, usage.peak, usage.leases) == (256, 0, 256, 103, 0)
+
+
+def test_missing_rows_are_counted(pool):
+    with pool.lease([10], timeout=1) as lease:
+        ranges = [(lease.starts[0], 4), (lease.starts[0] + 4, 6)]
+        pool.expect(ranges)
+        stamps = np.frombuffer(pool.spec.map(), np.uint8, pool.spec.rows, pool.spec.stamps_at)
+        stamps[lease.starts[0] : lease.starts[0] + 5] = 1
+        assert pool.missing(ranges) == [0, 5]
+        pool.expect(ranges)
+        assert pool.missing(ranges) == [4, 6]
+
+
+def test_200_leases_under_threads_never_share_a_row(pool):
+    """every lease fills its rows with a number of its own through the engine's mapping and finds them untouched"""
+    rows, stray = segment(pool), []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for turn in range(25):
+            lease = pool.lease([rng.randint(1, 40) for _ in range(rng.randint(1, 3))], timeout=20)
+            mark = float(1000 * seed + turn)
+            for start, count in zip(lease.starts, lease.counts, strict=True):
+                rows[start : start + count] = mark
+            time.sleep(rng.random() * 0.003)
+            for shard in range(len(lease.counts)):
+                if not (np.from_dlpack(lease.view(shard)) == mark).all():
+                    stray.append((seed, turn, shard))
+            lease.release()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not stray
+    assert pool.usage().free == 256 and pool._runs == [(0, 256)]
+
+
+def test_a_pool_that_does_not_fit_says_so():
+    free = os.statvfs(SHARED)
+    rows = free.f_bavail * free.f_frsize // 4096 + 2**20
+    before = set(SHARED.glob("kdjax-*"))
+    with pytest.raises(EngineError, match="do not fit into /dev/shm"):
+        HiddenPool.create(rows=rows, width=1024, dtype="float32")
+    assert set(SHARED.glob("kdjax-*")) <= before
+
+
+def test_dtypes_that_do_not_travel_are_refused():
+    with pytest.raises(ValueError, match="'float16': one of float32, bfloat16"):
+        HiddenPool.create(rows=8, width=8, dtype="float16")
+
+
+def run(script: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+
+
+MAKE = """
+    import os, signal
+    from bridge.hidden_pool import HiddenPool
+    pool = HiddenPool.create(rows=8, width=16, dtype="float32")
+    print(pool.spec.path, flush=True)
+"""
+
+
+def test_the_segment_goes_when_the_interpreter_does():
+    done = run(MAKE)
+    assert done.returncode == 0 and not Path(done.stdout.strip()).exists()
+
+
+def test_a_fork_that_exits_leaves_the_segment_alone():
+    done = run(
+        MAKE
+        + """
+    if os.fork() == 0:
+        raise SystemExit
+    os.wait()
+    print(os.path.exists(pool.spec.path))
+"""
+    )
+    assert done.stdout.split()[1] == "True"
+
+
+def test_what_a_killed_owner_left_is_swept_and_nothing_else(pool):
+    done = run(MAKE + "    os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert done.returncode == -signal.SIGKILL
+    orphan = Path(done.stdout.strip())
+    assert orphan.exists()
+    with HiddenPool.create(rows=8, width=8, dtype="float32"):
+        assert not orphan.exists()
+        assert Path(pool.spec.path).exists() and pool.spec.path not in sweep()
+
+
+def test_arrays_alive_at_exit_do_no_harm():
+    done = run(
+        """
+        import jax, jax.numpy as jnp
+        from bridge.hidden_pool import HiddenPool
+        jax.config.update("jax_platforms", "cpu")
+        pool = HiddenPool.create(rows=2048, width=256, dtype="float32")
+        lease = pool.lease([2048], timeout=1)
+        array = jax.dlpack.from_dlpack(lease.view(0), copy=False)
+        pending = [jax.jit(lambda x: (x @ x.T).sum())(array) for _ in range(8)]
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
