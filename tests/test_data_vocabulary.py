@@ -1,5 +1,8 @@
 """which ids are real, and when two vocabularies are the same."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -93,3 +96,11 @@ def test_no_tokenizer_there(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer("nobody/has-this-model")
+
+
+def test_the_committed_script_makes_the_committed_tokenizer(root, tmp_path):
+    command = [sys.executable, str(root / "examples" / "train_tokenizer.py"), "--out", str(tmp_path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said == f"4,096 entries written to {tmp_path}\n"
+    made, shipped = (sorted(folder.iterdir()) for folder in (tmp_path, root / "examples" / "tokenizer"))
+    assert [(f.name, f.read_bytes()) for f in made] == [(f.name, f.read_bytes()) for f in shipped]

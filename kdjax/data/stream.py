@@ -166,7 +166,7 @@ class DataStream(Iterator[HostBatch]):
         """Stop the reading threads."""
         self._reader.close()
 
-    def estimate_batches(self, epochs: float = 1.0, sample: int = 2000) -> int:
+    def estimate_batches(self, epochs: float = 1.0, sample: int = 1000) -> int:
         """How many batches ``epochs`` passes make, judged by packing at most ``sample`` rows spread over the data.
 
         Reads and tokenizes those rows anew. Depends on data, configuration and seed alone, so an interrupted run and an

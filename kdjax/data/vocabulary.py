@@ -23,9 +23,11 @@ def load_tokenizer(path: str | Path) -> Any:
         raise UserError(f"{path}: no tokenizer in this folder (tokenizer.json is missing)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: no tokenizer could be loaded from there ({reason})") from None
+        raise UserError(
+            f"{path}: no tokenizer could be loaded; name a folder with tokenizer.json or a hub id ({reason})"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: only a slow tokenizer; one with tokenizer.json is needed")
     return tokenizer
