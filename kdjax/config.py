@@ -40,6 +40,8 @@ class StudentConfig:
     """What the optimizer updates; bfloat16 parameters lose small updates."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    scan_layers: bool = True
+    """Compile one layer for all; false compiles each apart, which takes longer once and runs faster on a CPU."""
     attention: Literal["xla", "cudnn"] = "xla"
     """Attention implementation; `cudnn` needs a GPU and bfloat16."""
 

@@ -50,7 +50,7 @@ class Plan:
     """The static part of a call."""
 
     values: Callable[..., tuple[jax.Array, ...]]
-    """``(student logits, teacher logits or None, labels, keep, vocab, params)`` to K arrays of a float32 value a row."""
+    """Student logits, teacher logits or None, labels, keep, vocab, params -> K arrays of one float32 value a row."""
     heads: tuple[Head, ...]
     """The student's and, if there is one, the teacher's, without arrays."""
     sizes: tuple[int, ...]

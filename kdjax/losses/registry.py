@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kdjax.errors import UserError
@@ -34,7 +35,17 @@ class Divergence:
     def __call__(self, student: Array, teacher: Array, vocab: Vocab = WHOLE, **params: Any) -> Array:
         if self.split_vocab:
             return self.fn(student, teacher, vocab=vocab, **params)
-        return vocab.by_rows(lambda s, t: self.fn(s, t, **params), student, teacher)
+
+        def values(student: Array, teacher: Array) -> Array:
+            found = jnp.asarray(self.fn(student, teacher, **params))
+            if found.shape != student.shape[:-1]:
+                raise UserError(
+                    f"divergence {self.name!r} must return one value a row, without a sum or a mean over rows: "
+                    f"shape {student.shape[:-1]} for logits {student.shape}, but it returned {found.shape}"
+                )
+            return found.astype(jnp.float32)
+
+        return vocab.by_rows(values, student, teacher)
 
     def checked(self, temperature: Any, params: dict[str, Any]) -> dict[str, Any]:
         """``params`` with the temperature, if the function takes one. Raises UserError for what it does not take."""

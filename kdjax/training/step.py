@@ -85,41 +85,39 @@ def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
 
 
 def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, frozen: dict, batch: Batch) -> Any:
-    micro_batches = batch.tokens.shape[0]
+    """The new state and the metrics of one global batch."""
+    params = state["params"]
 
     def terms(params: dict, micro: Batch) -> dict[str, Term]:
         student = nnx.merge(graphs[0], params["student"], frozen["student"])
         return nnx.merge(graphs[1], params["extra"], frozen["extra"])(student, micro)
 
-    def weighted(params: dict, micro: Batch, counts: dict) -> tuple[jax.Array, dict]:
+    def loss(params: dict, micro: Batch, counts: dict[str, jax.Array] | None) -> tuple[jax.Array, Metrics]:
         out = terms(params, micro)
-        # A step without a single loss token of a kind leaves that term out rather than dividing by zero.
-        shares = {name: term.sum / jnp.maximum(counts[name], 1.0) for name, term in out.items()}
+        counts = {name: term.count for name, term in out.items()} if counts is None else counts
+        # A batch without a single position of some kind leaves that term out rather than dividing by zero.
+        shares = {name: t.sum / jax.lax.stop_gradient(jnp.maximum(counts[name], 1.0)) for name, t in out.items()}
         return sum((out[name].weight * share for name, share in shares.items()), jnp.float32(0)), shares
 
-    gradient = jax.value_and_grad(weighted, has_aux=True)
-    params = state["params"]
-    if micro_batches == 1:
-        micro = jax.tree.map(lambda x: x[0], batch)
-        counts = {name: jax.lax.stop_gradient(t.count) for name, t in terms(params, micro).items()}
-        (loss, shares), grads = gradient(params, micro, counts)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if batch.tokens.shape[0] == 1:
+        (total, shares), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), None)
     else:
-        # Counts depend on masks only; the compiler drops everything else of this pass.
-        counts = jax.lax.map(lambda micro: {n: t.count for n, t in terms(params, micro).items()}, batch)
-        counts = jax.tree.map(lambda c: jax.lax.stop_gradient(c.sum(0)), counts)
+        # Counts depend on masks only, so the compiler drops everything else of this pass.
+        counts = jax.lax.map(lambda micro: {name: t.count for name, t in terms(params, micro).items()}, batch)
+        counts = jax.tree.map(lambda c: c.sum(0), counts)
 
-        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-            (loss, shares), grads = gradient(params, micro, counts)
-            return jax.tree.map(jnp.add, carry, (loss, shares, grads)), None
+        def accumulate(sums: Any, micro: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(params, micro, counts)), None
 
-        zeros = (jnp.float32(0), {n: jnp.float32(0) for n in counts},
-                 jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params))
-        (loss, shares, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        like = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), counts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        ((total, shares), grads), _ = jax.lax.scan(accumulate, zeros, batch)
 
     updates, opt = optimizer.update(grads, state["opt"], params)
     new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
-    metrics = {"loss": loss, **{n: s for n, s in shares.items() if n != "loss"}}
-    return new, metrics | {"grad_norm": optax.tree.norm(grads), "tokens": batch.mask.sum().astype(jnp.float32)}
+    metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
+    return new, metrics | {"tokens": batch.mask.sum().astype(jnp.float32)}
 
 
 def _mesh_of(model: nnx.Module) -> Mesh:

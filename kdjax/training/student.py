@@ -6,23 +6,26 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kdjax.config import Config
-from kdjax.models import Compute, ModelConfig, init_model, load_model
+from kdjax.models import load_model
 from kdjax.sharding import Rules
 
 
-def make_student(config: Config, mesh: Mesh, rules: Rules = Rules()) -> nnx.Module:
-    """Load, draw, or cut out of the teacher the model that ``config.student`` asks for."""
+def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules()) -> nnx.Module:
+    """Load, draw, or cut out of the teacher the model that ``config.student`` asks for.
+
+    Raises UserError as ``load_model`` does.
+    """
     student = config.student
-    compute = dict(dtype=student.dtype, param_dtype=student.param_dtype, remat=student.remat, attention=student.attention)
-    if student.path is None and student.init == "random":
-        shape = ModelConfig.from_hf(student.config, "student.config")
-        return init_model(shape, Compute(**compute, rules=rules), mesh, config.train.seed)
     return load_model(
-        student.path or config.teacher.path,
+        config.teacher.path if student.init == "layers" and student.path is None else student.path,
         mesh=mesh,
         rules=rules,
+        dtype=student.dtype,
+        param_dtype=student.param_dtype,
         init=student.layers if student.init == "layers" else student.init,
-        overrides=student.config,
         seed=config.train.seed,
-        **compute,
+        config=student.config,
+        remat=student.remat,
+        attention=student.attention,
+        unroll=not student.scan_layers,
     )
