@@ -38,6 +38,8 @@ class StudentConfig:
     """What the forward and backward pass compute in."""
     param_dtype: Dtype = "float32"
     """What the optimizer updates; bfloat16 parameters lose small updates."""
+    export_dtype: Dtype | None = None
+    """What the exported weights are stored in; none keeps param_dtype."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
     scan_layers: bool = True
@@ -96,8 +98,8 @@ class SourceConfig:
     """How a row is read; `auto` decides by its columns."""
     split: str | None = None
     """Split of a dataset folder or hub id."""
-    weight: float = Field(1.0, gt=0)
-    """Share of this source when several are mixed."""
+    weight: float | None = Field(None, gt=0)
+    """Share of this source when several are mixed; without weights each row comes once an epoch."""
     max_samples: int | None = Field(None, ge=1)
     """Use at most this many rows."""
     messages_key: str = "messages"

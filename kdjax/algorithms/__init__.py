@@ -1,6 +1,7 @@
 """What is compared with what: logit distillation, supervised fine-tuning, and a user's own."""
 
 from kdjax.algorithms.base import Frozen, Teacher, Term, make_algorithm, register_algorithm
+from kdjax.algorithms.feature import Feature
 from kdjax.algorithms.vanilla import SFT, Vanilla
 
-__all__ = ["SFT", "Frozen", "Teacher", "Term", "Vanilla", "make_algorithm", "register_algorithm"]
+__all__ = ["SFT", "Feature", "Frozen", "Teacher", "Term", "Vanilla", "make_algorithm", "register_algorithm"]

@@ -39,18 +39,32 @@ class Checkpoints:
         """Start saving ``state`` as of ``step``; the arrays may be donated as soon as this returns."""
         if step in self._manager.all_steps():
             return
+        student, rest = state["params"]["student"], state | {"params": {"extra": state["params"]["extra"]}}
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            step,
+            args=ocp.args.Composite(
+                student=ocp.args.StandardSave(student), rest=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(meta)
+            ),
         )
 
     def restore(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The newest state, laid out like ``like``, and its ``meta``."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        rest = like | {"params": {"extra": like["params"]["extra"]}}
         restored = self._manager.restore(
             self.latest,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(
+                student=ocp.args.StandardRestore(_abstract(like["params"]["student"])),
+                rest=ocp.args.StandardRestore(_abstract(rest)),
+                meta=ocp.args.JsonRestore(),
+            ),
         )
-        return restored.state, restored.meta
+        state = dict(restored.rest)
+        return state | {"params": {"student": restored.student, **state["params"]}}, restored.meta
+
+    def restore_student(self, like: Any) -> Any:
+        """The newest student parameters alone, laid out like ``like``."""
+        args = ocp.args.Composite(student=ocp.args.StandardRestore(_abstract(like)))
+        return self._manager.restore(self.latest, args=args).student
 
     def wait(self) -> None:
         """Until everything started is on disk."""
@@ -58,6 +72,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def refuse_other_config(saved: dict[str, Any], config: Config) -> None:

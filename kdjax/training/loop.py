@@ -205,6 +205,7 @@ class _Run:
             export_hf(
                 self.model, result.export, source=config.student.path or config.teacher.path,
                 tokenizer=config.data.tokenizer or config.teacher.path or config.student.path,
+                dtype=config.student.export_dtype,
             )
             self.checkpoints.wait()
         with display.stage("check the export (transformers)"):

@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 
 class Metrics:
     """Writes records of ``{name: number}`` by step to ``metrics.jsonl`` and, if asked, tensorboard event files."""
@@ -20,10 +18,11 @@ class Metrics:
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
         path.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
-        self._events = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
-            if tensorboard else None
-        )
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # imports torch where it is installed: only in a run, never by `import kdjax`
+
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record scalars of ``step``; names with a slash are grouped by what stands before it."""

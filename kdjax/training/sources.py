@@ -30,6 +30,7 @@ from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
+from kdjax.training.student import student_vocabulary
 
 
 @dataclass
@@ -65,20 +66,29 @@ class Stream:
         self._engine: RemoteEngine | None = None
         self._worker: _Ahead | None = None
         self.teachers: tuple[Teacher, ...] = ()
+        self._shape = dict(batch=rows, shards=self.shards, vocab_size=student_vocabulary(config))
+        try:
+            self._open(log)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, log: Path | None) -> None:
+        config = self.config
+        head = self._start_teacher(log) if config.teacher.path is not None else None
+        # The engine starts in its own process while the tokenizer and the data are opened here.
         self.tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path or config.student.path)
-        self._shape = dict(batch=rows, shards=self.shards)
+        if head is not None:
+            self.teachers = (Teacher(replace(head, valid=self._shared_ids(head)), head.width, config.teacher.path),)
         self.data = DataStream(
-            config.data, self.tokenizer, accumulate=config.train.accumulate, seed=config.train.seed,
-            **self._shape,
+            config.data, self.tokenizer, accumulate=config.train.accumulate, seed=config.train.seed, **self._shape
         )
         self._exit.callback(self.data.close)
-        if config.teacher.path is not None:
-            self._connect(log)
 
-    def _connect(self, log: Path | None) -> None:
+    def _start_teacher(self, log: Path | None) -> Head:
+        """Read the teacher's head, make the pool and launch the engine without waiting for it."""
         config, teacher = self.config, self.config.teacher
         head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules())
-        self.teachers = (Teacher(replace(head, valid=self._shared_ids(head)), model.hidden_size, teacher.path),)
         dtype = teacher.dtype if teacher.dtype != "auto" else (
             "float32" if jax.default_backend() == "cpu" else "bfloat16")
         capacity = config.train.batch_size * config.data.max_len + 64 * self.shards
@@ -91,6 +101,8 @@ class Stream:
             options=_engine_options(config), wait=False,
         )
         self._exit.callback(self._engine.close)
+        self._shape["vocab_size"] = min(self._shape["vocab_size"], model.vocab_size)
+        return head
 
     def _shared_ids(self, head: Head) -> jax.Array:
         """bool [V]: the ids that mean something to both models. Raises UserError when their vocabularies differ."""
@@ -148,14 +160,10 @@ class Stream:
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
         """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""
-        put = lambda x, *spec: jax.device_put(x, NamedSharding(self.mesh, P(None, BATCH_AXES, *spec)))  # noqa: E731
-        batch = host.batch
-        teacher_hidden = () if lease is None else (self._view(lease, batch.rows.shape, copy),)
-        return Batch(
-            tokens=put(batch.tokens, None), positions=put(batch.positions, None),
-            segment_ids=put(batch.segment_ids, None), rows=put(batch.rows, None),
-            labels=put(batch.labels), mask=put(batch.mask), teacher_hidden=teacher_hidden,
-        )
+        batch = to_device(host.batch, self.mesh)
+        if lease is None:
+            return batch
+        return replace(batch, teacher_hidden=(self._view(lease, host.batch.rows.shape, copy),))
 
     def _view(self, lease: Lease, shape: tuple[int, int, int], copy: bool) -> jax.Array:
         """[A, G·N, E] assembled from one view per data shard. A device that does not own the memory gets a copy."""
@@ -217,6 +225,11 @@ class Stream:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def to_device(batch: Batch, mesh: Mesh) -> Batch:
+    """Put a stack of host micro-batches ``[A, …]`` on the mesh, rows split over ("data", "fsdp")."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(None, BATCH_AXES))), batch)
 
 
 def stream(config: Config, mesh: Mesh | None = None, *, log: Path | None = None) -> Stream:

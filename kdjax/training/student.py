@@ -6,8 +6,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kdjax.config import Config
-from kdjax.models import load_model
+from kdjax.models import ModelConfig, load_model, resolve
 from kdjax.sharding import Rules
+
+
+def student_vocabulary(config: Config) -> int:
+    """V of the student, read from its configuration alone."""
+    path, changes = _path(config), dict(config.student.config)
+    if path is None:
+        return ModelConfig.from_hf(changes, "student.config").vocab_size
+    return ModelConfig.from_folder(resolve(path, weights=False), **changes).vocab_size
 
 
 def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules()) -> nnx.Module:
@@ -17,7 +25,7 @@ def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules(
     """
     student = config.student
     return load_model(
-        config.teacher.path if student.init == "layers" and student.path is None else student.path,
+        _path(config),
         mesh=mesh,
         rules=rules,
         dtype=student.dtype,
@@ -29,3 +37,8 @@ def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules(
         attention=student.attention,
         unroll=not student.scan_layers,
     )
+
+
+def _path(config: Config) -> str | None:
+    student = config.student
+    return config.teacher.path if student.init == "layers" and student.path is None else student.path

@@ -1,0 +1,65 @@
+"""Built-in algorithms beside vanilla, and what is said of impossible ones."""
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax.algorithms import make_algorithm
+from kdjax.errors import UserError
+
+from step_tools import E, config, host_batch, make, parameters, run, teacher
+
+
+def test_feature_loss_against_numpy_and_its_projection_learns():
+    step = make(distill={"algorithm": "feature", "kd_ratio": 1.0, "algorithm_args": {"feature_layer": 1}})
+    batch = host_batch(0)
+    _, (inner,) = step.model(batch.tokens[0], batch.positions[0], batch.segment_ids[0], hidden_layers=(1,))
+    inner = np.asarray(inner, np.float64).reshape(-1, inner.shape[-1])[batch.rows[0, 0]]
+    projection = np.asarray(step.algorithm.projection[...], np.float64)
+    unit = lambda x: x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)  # noqa: E731
+    distance = ((unit(inner @ projection) - unit(batch.teacher_hidden[0][0].astype(np.float64))) ** 2).sum(-1)
+    expected = distance[batch.mask[0]].mean()
+    before = parameters(step)
+    metrics = run(step, 3)
+    assert metrics[0]["feature"] == pytest.approx(expected, rel=1e-5)
+    assert metrics[0]["loss"] == pytest.approx(metrics[0]["objective"] + metrics[0]["feature"], rel=1e-5)
+    moved = parameters(step)["['extra']['projection'].value"] - before["['extra']['projection'].value"]
+    assert moved.shape == (32, E) and np.abs(moved).max() > 0
+
+
+def test_an_algorithm_in_a_file_trains(root):
+    step = make(distill={"algorithm": f"{root}/examples/own_algorithm.py:WithFeatures"})
+    losses = [m["loss"] for m in run(step, 12)]
+    assert np.isfinite(losses).all() and np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def test_a_loss_in_a_file_trains(root):
+    step = make(distill={"loss": f"{root}/examples/five_line_loss.py:power", "kd_ratio": 1.0})
+    losses = [m["kd"] for m in run(step, 12)]
+    assert np.isfinite(losses).all() and np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def test_without_a_teacher_every_algorithm_is_sft():
+    settings = config()
+    step = make()
+    assert type(make_algorithm(settings, step.model)).__name__ == "SFT"
+
+
+@pytest.mark.parametrize(
+    ("distill", "words"),
+    [
+        ({"algorithm": "vanila"}, ["distill.algorithm", "vanilla"]),
+        ({"loss": "kll"}, ["distill.loss", "'kl'"]),
+        ({"loss": "jsd", "loss_args": {"jsd_beta": 1.5}}, ["jsd_beta", "1.5"]),
+        ({"loss": "kl", "loss_args": {"beta": 1.5}}, ["kl", "beta"]),
+        ({"algorithm": "feature", "algorithm_args": {"layer": 1}}, ["feature_layer", "layer"]),
+    ],
+)
+def test_impossible_choices_are_one_line(distill, words):
+    with pytest.raises(UserError) as error:
+        run(make(distill=distill), 1)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
