@@ -1,0 +1,1 @@
+"""Measurements, each a ratio within one run; results are committed under ``benchmarks/results``."""
