@@ -3,8 +3,8 @@
     python -m benchmarks.quickstart                        # about an hour on two cores
     python -m benchmarks.quickstart --only-table           # write the table anew from the committed results
 
-Each seed trains the quickstart's student four times: with its teacher; by supervised fine-tuning (SFT) for as many steps;
-by SFT for as many seconds; and by SFT for ``LONG`` times as many steps, of which the best evaluation counts.
+Each seed trains the quickstart's student four times: with its teacher; by supervised fine-tuning (SFT) for as many
+steps; by SFT for as many seconds; and by SFT for ``LONG`` times as many steps, of which the best evaluation counts.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def run(name: str, seed: int, steps: int, *overrides: str) -> dict[str, Any]:
     command += [f"train.seed={seed}", f"train.steps={steps}", *overrides]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    evaluations = {r["step"]: {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
-                   for r in records if "eval/ce" in r}
+    evaluations = {
+        r["step"]: {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
+        for r in records
+        if "eval/ce" in r
+    }
     timed = [r for r in records if "seconds/step" in r]
     every = timed[1]["step"] - timed[0]["step"]
     seconds = mean(r["seconds/step"] for r in timed[1:]) * steps  # the first interval holds the warm-up
@@ -46,8 +49,11 @@ def run(name: str, seed: int, steps: int, *overrides: str) -> dict[str, Any]:
     result = dict(
         steps=steps, seconds=seconds, final=evaluations[steps], best_step=best, best=evaluations[best], every=every
     )
-    print(f"{name} seed {seed}: {steps} steps in {seconds:.0f} s, ce {evaluations[steps]['ce']:.4f}, "
-          f"best {evaluations[best]['ce']:.4f} at {best}", flush=True)
+    print(
+        f"{name} seed {seed}: {steps} steps in {seconds:.0f} s, ce {evaluations[steps]['ce']:.4f}, "
+        f"best {evaluations[best]['ce']:.4f} at {best}",
+        flush=True,
+    )
     return result
 
 
@@ -79,18 +85,20 @@ def table(result: dict[str, Any]) -> str:
 
     teacher = runs["kd"][0]["final"]
     machine = result["machine"]
-    return "\n".join([
-        "| | steps | training | held-out cross-entropy (nats a token) | next token right |",
-        "|---|---|---|---|---|",
-        f"| teacher, 5.8 M parameters | | | {teacher['teacher_ce']:.3f} | |",
-        row("**student, 1.3 M, distilled**", runs["kd"], "final"),
-        row("student, SFT, equal steps", runs["sft_steps"], "final"),
-        row("student, SFT, equal seconds", runs["sft_seconds"], "final"),
-        row(f"student, SFT, its best evaluation in {LONG}× the steps", runs["sft_best"], "best"),
-        "",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; {machine['cpu']}, "
-        f"{machine['cores']} cores.",
-    ])
+    return "\n".join(
+        [
+            "| | steps | training | held-out cross-entropy (nats a token) | next token right |",
+            "|---|---|---|---|---|",
+            f"| teacher, 5.8 M parameters | | | {teacher['teacher_ce']:.3f} | |",
+            row("**student, 1.3 M, distilled**", runs["kd"], "final"),
+            row("student, SFT, equal steps", runs["sft_steps"], "final"),
+            row("student, SFT, equal seconds", runs["sft_seconds"], "final"),
+            row(f"student, SFT, its best evaluation in {LONG}× the steps", runs["sft_best"], "best"),
+            "",
+            f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; {machine['cpu']}, "
+            f"{machine['cores']} cores.",
+        ]
+    )
 
 
 def write_table(result: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ Dtype = Literal["float32", "bfloat16"]
 @group
 class StudentConfig:
     path: str | None = None
-    """Hugging Face folder or hub id of the student; `init: layers` takes the teacher's, `init: random` can do without."""
+    """Hugging Face folder or hub id; `init: layers` takes the teacher's, `init: random` can do without."""
     init: Literal["pretrained", "random", "layers"] = "pretrained"
     """`pretrained` loads weights; `random` draws them; `layers` takes the chosen layers of the teacher."""
     layers: tuple[int, ...] = ()
@@ -206,7 +206,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}; choose a divisor"
+                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}; "
+                "choose a divisor"
             )
         if self.min_lr > self.learning_rate:
             raise ValueError(f"train.min_lr={self.min_lr} is above train.learning_rate={self.learning_rate}; lower it")
@@ -232,6 +233,8 @@ class CheckpointConfig:
     """Steps between checkpoints; none saves at the end only."""
     keep: int = Field(2, ge=1)
     """How many checkpoints stay on disk."""
+    check_export: bool = True
+    """Load the exported student in plain transformers, on the CPU, and compare log-probabilities."""
     resume: bool = True
     """Go on from the newest whole checkpoint in the output folder."""
 
@@ -393,9 +396,11 @@ def _group_of(annotation: Any) -> type | None:
 def _type_name(annotation: Any) -> str:
     if getattr(annotation, "__origin__", None) is Literal:
         return " | ".join(str(a) for a in annotation.__args__)
-    return annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(
-        annotation
-    ).replace("typing.", "")
+    return (
+        annotation.__name__
+        if isinstance(annotation, type) and not hasattr(annotation, "__args__")
+        else str(annotation).replace("typing.", "")
+    )
 
 
 def _explain(error: pydantic.ValidationError) -> str:

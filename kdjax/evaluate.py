@@ -1,4 +1,4 @@
-"""``python -m kdjax.evaluate --config run.yaml [--model FOLDER]``: held-out numbers of a student, and against a teacher.
+"""``python -m kdjax.evaluate --config run.yaml [--model FOLDER]``: held-out numbers, alone and against a teacher.
 
 The configuration says data, teacher and mesh as for training; ``--model`` is any Hugging Face folder or hub id, by
 default the run's own export.
@@ -20,7 +20,7 @@ from kdjax.train import guarded
 
 
 def evaluate(config: Config, model: str | Path) -> dict[str, float]:
-    """CE, perplexity and accuracy of ``model`` on ``data.eval``, with KL and agreement where the config has a teacher."""
+    """CE, perplexity and accuracy of ``model`` on ``data.eval``; with a teacher, KL and agreement too."""
     from flax import nnx  # jax is imported only once the configuration holds
 
     from kdjax.models import load_model

@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> Config | None:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the groups listed below")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace single values, as in train.steps=100")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values, as in train.steps=100")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:

@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import yaml  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
@@ -20,3 +21,53 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+GSM8K = {"format": "prompt_response", "prompt_key": "question", "response_key": "answer"}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(root, tmp_path_factory):
+    """A random Qwen3 with the examples' tokenizer: enough to be followed."""
+    from kdjax.models import export_hf, load_model
+
+    shape = yaml.safe_load((root / "configs" / "quickstart_teacher.yaml").read_text())["student"]["config"]
+    shape |= {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "head_dim": 24, "initializer_range": 0.2}  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    export_hf(load_model(None, config=shape, init="random", seed=9), folder, tokenizer=root / "examples" / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def run_values(root, tiny_teacher, tmp_path):
+    """A small distillation of tiny_teacher on GSM8K, as plain values of a configuration."""
+    data = root / "examples" / "data"
+    return {
+        "output": str(tmp_path / "run"),
+        "student": {"path": str(tiny_teacher), "init": "random", "config": dict(SMALL)},
+        "teacher": {"path": str(tiny_teacher), "engine": "transformers"},
+        "data": {
+            "train": [{"path": str(data / "gsm8k_train.jsonl"), "max_samples": 200} | GSM8K],
+            "eval": [{"path": str(data / "gsm8k_test.jsonl")} | GSM8K],
+            "max_len": 256,
+            "packing_bins": 8,
+        },
+        "train": {"steps": 6, "batch_size": 4, "learning_rate": 3e-3, "eval_rows": 8, "eval_every": 3},
+        "mesh": {"data": 1},
+        "checkpoint": {"check_export": False},
+        "log": {"every": 1, "tensorboard": False},
+    }
+
+
+@pytest.fixture
+def devices_as_asked(monkeypatch):
+    """A run takes every device there is; with this it takes as many as its mesh asks for."""
+    from kdjax.sharding import make_mesh
+
+    def fitting(data, fsdp, tensor):
+        return make_mesh(data, fsdp, tensor, devices=jax.devices()[: max(1, data * fsdp * tensor)])
+
+    monkeypatch.setattr("kdjax.training.sources.make_mesh", fitting)

@@ -21,7 +21,7 @@ from kdjax.training.step import Step, make_step
 V, D, E, S, ROWS = 96, 32, 24, 32, 8
 SHAPE = dict(
     architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=V, hidden_size=D, intermediate_size=64,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_act="silu",
+    num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=4, hidden_act="silu",
     rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=64, tie_word_embeddings=True,
     initializer_range=0.2,
 )  # fmt: skip
@@ -71,8 +71,14 @@ def make(mesh_sizes=(1, 1, 1), devices: int = 1, **groups) -> Step:
     mesh = make_mesh(*mesh_sizes, devices=jax.devices()[:devices])
     student = settings.student
     model = load_model(
-        None, mesh=mesh, config=dict(student.config), init="random", seed=settings.train.seed, dtype=student.dtype,
-        param_dtype=student.param_dtype, remat=student.remat,
+        None,
+        mesh=mesh,
+        config=dict(student.config),
+        init="random",
+        seed=settings.train.seed,
+        dtype=student.dtype,
+        param_dtype=student.param_dtype,
+        remat=student.remat,
     )
     algorithm = make_algorithm(settings, model, (teacher(),), seed=0)
     return make_step(model, algorithm, make_optimizer(settings.train, 60), mesh)

@@ -1,13 +1,11 @@
 """Built-in algorithms beside vanilla, and what is said of impossible ones."""
 
-import jax
 import numpy as np
 import pytest
+from step_tools import E, config, host_batch, make, parameters, run
 
 from kdjax.algorithms import make_algorithm
 from kdjax.errors import UserError
-
-from step_tools import E, config, host_batch, make, parameters, run, teacher
 
 
 def test_feature_loss_against_numpy_and_its_projection_learns():
@@ -61,5 +59,3 @@ def test_impossible_choices_are_one_line(distill, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
-
-

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-
 from step_tools import S, documents, host_batch, make, parameters, run, teacher
+
 from kdjax.models import load_model
 from kdjax.training.sources import to_device
 
@@ -129,9 +129,9 @@ def test_all_masked_batch_changes_only_by_decay():
 
 
 def test_layers_of_the_teacher_as_a_student(tmp_path):
-    from kdjax.models import export_hf
-
     from step_tools import SHAPE
+
+    from kdjax.models import export_hf
 
     big = load_model(None, config=SHAPE | {"num_hidden_layers": 4}, init="random", seed=3)
     export_hf(big, tmp_path / "teacher")

@@ -44,13 +44,16 @@ class Feature(nnx.Module):
         )
 
     def __call__(self, student: nnx.Module, batch: Batch) -> dict[str, Term]:
-        last, (inner,) = student(
-            batch.tokens, batch.positions, batch.segment_ids, hidden_layers=(self.layer,)
-        )
+        last, (inner,) = student(batch.tokens, batch.positions, batch.segment_ids, hidden_layers=(self.layer,))
         teacher = batch.teacher_hidden[0]
         total, count, parts = linear_objective(
-            batch.gather(last), student.head(), teacher, self.head.get_value(),
-            labels=batch.labels, mask=batch.mask, **self.options,
+            batch.gather(last),
+            student.head(),
+            teacher,
+            self.head.get_value(),
+            labels=batch.labels,
+            mask=batch.mask,
+            **self.options,
         )
         ours = _unit(batch.gather(inner).astype(jnp.float32) @ self.projection[...])
         # Rows without loss may hold anything: they are left out before the sum, not multiplied by zero after it.

@@ -33,8 +33,12 @@ class Evaluator:
                 hidden = micro.gather(student(micro.tokens, micro.positions, micro.segment_ids))
                 teacher_hidden = micro.teacher_hidden[0] if micro.teacher_hidden else None
                 return linear_statistics(
-                    hidden, student.head(), teacher_hidden, None if teacher_hidden is None else head,
-                    labels=micro.labels, mask=micro.mask,
+                    hidden,
+                    student.head(),
+                    teacher_hidden,
+                    None if teacher_hidden is None else head,
+                    labels=micro.labels,
+                    mask=micro.mask,
                 )
 
             return jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))

@@ -6,28 +6,30 @@ Off-policy distillation and supervised fine-tuning differ in the stream that ``c
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from flax import nnx
 
 from kdjax.algorithms import make_algorithm
-from kdjax.config import Config, to_yaml
+from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import export_hf
-from kdjax.training.checkpoint import Checkpoints, refuse_other_config
+from kdjax.models import export_hf, load_model
+from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.evaluation import Evaluator
+from kdjax.training.folder import RunFolder
+from kdjax.training.interrupt import Interrupt
 from kdjax.training.metrics import Metrics
 from kdjax.training.optimizer import make_optimizer, make_schedule
 from kdjax.training.preflight import check_export, check_teacher
 from kdjax.training.progress import Display
-from kdjax.training.sources import Stream
+from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import make_student
 
@@ -57,12 +59,15 @@ class _Run:
         self.config, self.display = config, display
         self.folder = Path(config.output)
         self.result = Result(0, self.folder / "export")
-        self.best: tuple[float, int, Any] | None = None
+        self.position: dict[str, Any] = {}
 
     def run(self) -> Result:
         config, display = self.config, self.display
-        self._open_folder()
-        with Stream(config, log=self.folder / "engine.log") as self.stream:
+        with (
+            RunFolder(config),
+            Stream(config, log=self.folder / "engine.log") as self.stream,
+            Checkpoints(self.folder / "checkpoints", config.checkpoint) as self.checkpoints,
+        ):
             self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
             with display.stage("student"):
                 self.model = make_student(config, self.stream.mesh)
@@ -74,38 +79,17 @@ class _Run:
                 if config.teacher.preflight:
                     with display.stage("preflight"):
                         check_teacher(self.stream)
-            self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint)
             start = self._resume()
-            self.metrics = Metrics(self.folder, config.log.tensorboard, start)
             with display.stage("held-out rows"):
                 self.held_out = self.stream.evaluation() if config.data.eval else []
             self.evaluate = Evaluator(self.model, self.stream.teachers, self.stream.mesh)
-            if start == 0:
-                self._evaluate(0)
-            try:
-                with display.bar(self.steps, start):
+            with Metrics(self.folder, config.log.tensorboard, start) as self.metrics:
+                if start == 0:
+                    self._evaluate(0)
+                with display.bar(self.steps, start), Interrupt() as self.interrupt:
                     self._loop(start)
                 self._finish()
-            finally:
-                self.checkpoints.close()
-                self.metrics.close()
         return self.result
-
-    def _open_folder(self) -> None:
-        config_file, saved = self.folder / "config.yaml", self.folder / "checkpoints"
-        if self.config.overwrite and config_file.exists():
-            shutil.rmtree(self.folder)
-        if saved.exists() and any(saved.iterdir()):
-            if not self.config.checkpoint.resume:
-                raise UserError(
-                    f"{self.folder} holds a run and checkpoint.resume is false; choose another output, or overwrite=true"
-                )
-            refuse_other_config(yaml.safe_load(config_file.read_text()), self.config)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config_file.write_text(to_yaml(self.config), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"output={self.folder}: cannot be written ({error.strerror}); choose another") from None
 
     def _resume(self) -> int:
         if self.checkpoints.latest is None:
@@ -114,63 +98,60 @@ class _Run:
             state, meta = self.checkpoints.restore(self.step.state)
             self.step.restore(state)
             self.stream.restore(meta["position"])
-        self.position = meta["position"]
+        self.result.steps = int(state["step"])
         self.result.evaluations = {int(step): values for step, values in meta["evaluations"].items()}
-        return int(state["step"])
+        return self.result.steps
 
     def _loop(self, done: int) -> None:
         config, display = self.config, self.display
-        schedule = make_schedule(config.train, self.steps)
-        self.position = getattr(self, "position", None) or self.stream.state()
-        if done < self.steps:
-            with display.stage("compile"):
-                pending = self._dispatch()
-        seconds: dict[str, float] = defaultdict(float)
-        tokens, since = 0.0, time.perf_counter()
-        waited_on_compile = done
+        if done == self.steps:
+            return
+        with display.stage("compile"):
+            pending = self._dispatch()
+        window = _Window(config, self.steps, done)
         for number in range(done + 1, self.steps + 1):
             batch, values = pending
-            position = batch.host.state
-            # The next step is dispatched before this one is looked at, so that looking never makes the device wait.
-            evaluate = config.train.eval_every and number % config.train.eval_every == 0 and number < self.steps
-            save = config.checkpoint.save_every and number % config.checkpoint.save_every == 0
-            ahead = number < self.steps and not evaluate and not save
+            last = number == self.steps
+            stop = self.interrupt.asked
+            evaluate = not last and _due(number, config.train.eval_every)
+            save = stop or _due(number, config.checkpoint.save_every)
+            # The next step is dispatched before this one is looked at, so that looking never makes the device wait;
+            # not where the state of this very step is still needed.
+            ahead = not (last or evaluate or save)
             if ahead:
                 pending = self._dispatch()
             values = {name: float(value) for name, value in jax.device_get(values).items()}
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-                raise UserError(
-                    f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}; lower "
-                    f"train.learning_rate, or go on from the last checkpoint (step {self.checkpoints.latest})"
-                )
-            self.position, self.result.steps = position, number
-            for name, value in batch.seconds.items():
-                seconds[name] += value
-            tokens += batch.host.tokens
+            self._refuse_nonsense(number, values)
+            self.position, self.result.steps = batch.host.state, number
             display.advance(number)
-            if number % config.log.every == 0 or number == self.steps:
-                now = time.perf_counter()
-                steps = number - waited_on_compile
-                values |= {"learning_rate": float(schedule(number - 1)), "tokens_per_second": tokens / (now - since)}
-                values |= {f"seconds/{name}": value / steps for name, value in seconds.items()}
-                values["seconds/step"] = (now - since) / steps
+            window.add(batch)
+            if last or _due(number, config.log.every):
+                values |= window.close(number)
                 self.metrics.write(number, values)
                 display.line(_progress_line(number, self.steps, values))
-                seconds, tokens, since, waited_on_compile = defaultdict(float), 0.0, now, number
-            if evaluate:
-                paused = time.perf_counter()
-                if self._evaluate(number):
+            with window.paused():
+                if evaluate and self._evaluate(number):
                     display.line(f"no better held-out loss in {config.train.patience} evaluations: stopping")
                     return
-                since += time.perf_counter() - paused
-            if save:
-                self._save(number)
-            if not ahead and number < self.steps:
+                if save:
+                    self._save(number)
+            if stop and not last:
+                self.checkpoints.wait()
+                raise UserError(f"{stop}: saved step {number}; run the same command again to go on")
+            if not (ahead or last):
                 pending = self._dispatch()
 
-    def _dispatch(self) -> tuple[Any, dict[str, jax.Array]]:
+    def _dispatch(self) -> tuple[DeviceBatch, dict[str, jax.Array]]:
         batch = next(self.stream)
         return batch, self.step(batch)
+
+    def _refuse_nonsense(self, number: int, values: dict[str, float]) -> None:
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            saved = self.checkpoints.latest
+            raise UserError(
+                f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}; lower train.learning_rate"
+                + (f" and go on from the checkpoint of step {saved}" if saved else "")
+            )
 
     def _evaluate(self, step: int) -> bool:
         """Held-out numbers of the weights as they are; True when patience has run out."""
@@ -180,12 +161,14 @@ class _Run:
         self.result.evaluations[step] = values
         self.metrics.write(step, {f"eval/{name}": value for name, value in values.items()})
         self.display.line(f"held-out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in values.items()))
-        if self.config.train.keep_best and (self.best is None or values["ce"] < self.best[0]):
-            self.best = values["ce"], step, jax.device_get(self.step.state["params"]["student"])
+        if self.config.train.keep_best and self._best_step() == step:
+            export_hf(self.model, self.folder / "best", source=self.config.student.path or self.config.teacher.path)
+        steps = sorted(self.result.evaluations)
         patience = self.config.train.patience
-        order = sorted(self.result.evaluations)
-        best = min(order, key=lambda s: self.result.evaluations[s]["ce"])
-        return patience is not None and len(order) - 1 - order.index(best) >= patience
+        return patience is not None and len(steps) - 1 - steps.index(self._best_step()) >= patience
+
+    def _best_step(self) -> int:
+        return min(self.result.evaluations, key=lambda step: self.result.evaluations[step]["ce"])
 
     def _save(self, step: int) -> None:
         meta = {"position": self.position, "evaluations": {str(s): v for s, v in self.result.evaluations.items()}}
@@ -196,25 +179,64 @@ class _Run:
         self._save(result.steps)
         if result.steps not in result.evaluations:
             self._evaluate(result.steps)
-        result.kept_step = result.steps
-        if self.best is not None and self.best[1] != result.steps:
-            result.kept_step = self.best[1]
-            nnx.update(self.model, self.best[2])
+        result.kept_step = self._best_step() if config.train.keep_best else result.steps
+        if result.kept_step != result.steps:
+            best = load_model(self.folder / "best", self.stream.mesh, param_dtype=config.student.param_dtype)
+            nnx.update(self.model, nnx.state(best))
             display.line(f"keeping step {result.kept_step}, the best held-out loss")
         with display.stage("export"):
             export_hf(
-                self.model, result.export, source=config.student.path or config.teacher.path,
+                self.model,
+                result.export,
+                source=config.student.path or config.teacher.path,
                 tokenizer=config.data.tokenizer or config.teacher.path or config.student.path,
                 dtype=config.student.export_dtype,
             )
             self.checkpoints.wait()
-        with display.stage("check the export (transformers)"):
-            gap, reply = check_export(self.stream, self.model, result.export, config.log)
-        display.line(f"exported to {result.export}: transformers' log-probabilities differ by at most {gap:.1e}")
         if result.evaluations:
             _show_evaluations(display, result)
-        if reply is not None:
-            display.line(f"\nQ: {config.log.sample_prompt}\nA: {reply}")
+        display.line(f"exported to {result.export}")
+        if config.checkpoint.check_export:
+            with display.stage("check the export (transformers)"):
+                gap, reply = check_export(self.stream, self.model, result.export, config.log)
+            display.line(f"transformers' log-probabilities differ from the student's by at most {gap:.1e}")
+            if reply is not None:
+                display.line(f"\nQ: {config.log.sample_prompt}\nA: {reply}")
+
+
+class _Window:
+    """What happened since the last line of metrics: tokens and seconds, evaluation and saving not counted."""
+
+    def __init__(self, config: Config, steps: int, done: int) -> None:
+        self._schedule = make_schedule(config.train, steps)
+        self._start(done)
+
+    def _start(self, step: int) -> None:
+        self._first, self._tokens, self._since = step, 0, time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def add(self, batch: DeviceBatch) -> None:
+        self._tokens += batch.host.tokens
+        for name, value in batch.seconds.items():
+            self._seconds[name] += value
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def close(self, step: int) -> dict[str, float]:
+        """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window."""
+        steps, wall = step - self._first, time.perf_counter() - self._since
+        values = {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": self._tokens / wall}
+        values |= {f"seconds/{name}": value / steps for name, value in self._seconds.items()}
+        self._start(step)
+        return values | {"seconds/step": wall / steps}
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _progress_line(step: int, steps: int, values: dict[str, float]) -> str:
@@ -230,6 +252,7 @@ def _show_evaluations(display: Display, result: Result) -> None:
     steps = sorted({0, result.kept_step, result.steps} & set(result.evaluations))
     names = list(result.evaluations[steps[-1]])
     display.table(
-        "held-out rows", ["", *(f"step {s}" for s in steps)],
+        "held-out rows",
+        ["", *(f"step {s}" for s in steps)],
         [[name, *(f"{result.evaluations[s][name]:.4f}" for s in steps)] for name in names],
     )

@@ -20,7 +20,8 @@ class Metrics:
         self._file = path.open("a", buffering=1)
         self._events = None
         if tensorboard:
-            from tensorboardX import SummaryWriter  # imports torch where it is installed: only in a run, never by `import kdjax`
+            # Imports torch where it is installed: in a run only, never by `import kdjax`.
+            from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
@@ -37,3 +38,9 @@ class Metrics:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

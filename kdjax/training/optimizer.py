@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,13 +42,20 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         "student": adamw(make_schedule(config, steps)),
         "extra": adamw(make_schedule(config, steps, config.extra_lr or config.learning_rate)),
     }
-    labels = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: E731
     clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
-    return optax.chain(clip, optax.partition(groups, labels))
+    return optax.chain(clip, optax.partition(groups, _group_of_each))
+
+
+def _group_of_each(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: jax.tree.map(partial(_constant, name), tree) for name, tree in params.items()}
+
+
+def _constant(value: Any, _: Any) -> Any:
+    return value
 
 
 def decayed(params: Any) -> Any:
-    """Which leaves weight decay acts on: matrices, told by name, because a stacked norm scale has two dimensions too."""
+    """Which leaves weight decay acts on: matrices, told by name, as a stacked norm scale has two dimensions too."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(word in jax.tree_util.keystr(path) for word in ("norm", "bias", "scale")), params
     )

@@ -35,10 +35,12 @@ def check_teacher(stream: Any) -> float:
     lease = stream.pool.lease([sum(rows)], timeout=stream.config.teacher.timeout)
     try:
         starts = lease.starts[0] + np.concatenate([[0], np.cumsum(rows)[:-1]])
-        stream.engine.prefill([
-            Prefill(ids=ids, spans=((0, n),), row=int(start))
-            for ids, n, start in zip(documents, rows, starts, strict=True)
-        ])
+        stream.engine.prefill(
+            [
+                Prefill(ids=ids, spans=((0, n),), row=int(start))
+                for ids, n, start in zip(documents, rows, starts, strict=True)
+            ]
+        )
         hidden = jnp.array(jax.dlpack.from_dlpack(lease.view(0), copy=False), copy=True).block_until_ready()
     finally:
         lease.release()

@@ -89,16 +89,23 @@ class Stream:
         """Read the teacher's head, make the pool and launch the engine without waiting for it."""
         config, teacher = self.config, self.config.teacher
         head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules())
-        dtype = teacher.dtype if teacher.dtype != "auto" else (
-            "float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = (
+            teacher.dtype if teacher.dtype != "auto" else ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        )
         capacity = config.train.batch_size * config.data.max_len + 64 * self.shards
         self._slots = teacher.lookahead + 2
         self.pool = HiddenPool.create(rows=self._slots * capacity, width=model.hidden_size, dtype=dtype)
         self._exit.callback(self.pool.close)
         self._engine = start_engine(
-            teacher.path, kind=teacher.engine, pool=self.pool, log=log or Path(config.output) / "engine.log",
-            threads=teacher.threads, start_timeout=teacher.start_timeout, call_timeout=teacher.timeout,
-            options=_engine_options(config), wait=False,
+            teacher.path,
+            kind=teacher.engine,
+            pool=self.pool,
+            log=log or Path(config.output) / "engine.log",
+            threads=teacher.threads,
+            start_timeout=teacher.start_timeout,
+            call_timeout=teacher.timeout,
+            options=_engine_options(config),
+            wait=False,
         )
         self._exit.callback(self._engine.close)
         self._shape["vocab_size"] = min(self._shape["vocab_size"], model.vocab_size)
@@ -195,10 +202,12 @@ class Stream:
         lease = self.pool.lease([micro * rows] * shards, timeout=self.config.teacher.timeout)
         start = time.perf_counter()
         try:
-            self._engine.prefill([
-                Prefill(*placed.document.teacher_request, lease.starts[placed.shard] + placed.micro * rows + placed.offset)
-                for placed in host.documents
-            ])
+            self._engine.prefill(
+                [
+                    Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
+                    for p in host.documents
+                ]
+            )
         except BaseException:
             lease.release()
             raise
@@ -248,8 +257,12 @@ def _engine_options(config: Config) -> dict[str, Any]:
     if teacher.engine != "sglang":
         return dict(teacher.args)
     named = dict(
-        tp_size=teacher.tp, pp_size=teacher.pp, ep_size=teacher.ep, quantization=teacher.quantization,
-        mem_fraction_static=teacher.mem_fraction, trust_remote_code=teacher.trust_remote_code,
+        tp_size=teacher.tp,
+        pp_size=teacher.pp,
+        ep_size=teacher.ep,
+        quantization=teacher.quantization,
+        mem_fraction_static=teacher.mem_fraction,
+        trust_remote_code=teacher.trust_remote_code,
     )
     return named | dict(teacher.args)
 

@@ -1,4 +1,4 @@
-"""The one compiled step: gradients of the algorithm's terms, accumulated over micro-batches, and an optimizer update."""
+"""The one compiled step: gradients of the algorithm's terms, summed over micro-batches, and an optimizer update."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ class Step:
     """A jit-compiled training step over a model and an algorithm that it keeps current.
 
     Calling it with a device batch (arrays stacked ``[A, ...]`` over micro-batches) dispatches one update and returns
-    float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``tokens``. The state (float32
-    masters, optimizer moments, step number) is donated, so it exists once; ``model`` and ``algorithm`` always hold the
-    newest parameters.
+    float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``tokens``. The state
+    (float32 masters, optimizer moments, step number) is donated, so it exists once; ``model`` and ``algorithm`` always
+    hold the newest parameters.
     """
 
-    def __init__(self, model: nnx.Module, algorithm: nnx.Module, optimizer: optax.GradientTransformation,
-                 mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        model: nnx.Module,
+        algorithm: nnx.Module,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh | None = None,
+    ) -> None:
         self.model, self.algorithm, self.mesh = model, algorithm, mesh or _mesh_of(model)
         self._graphs, params, self._frozen = _split(model, algorithm)
         replicated = NamedSharding(self.mesh, P())
@@ -62,16 +67,20 @@ class Step:
         nnx.update(self.algorithm, self.state["params"]["extra"])
 
 
-def make_step(model: nnx.Module, algorithm: nnx.Module, optimizer: optax.GradientTransformation,
-              mesh: Mesh | None = None) -> Step:
+def make_step(
+    model: nnx.Module, algorithm: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> Step:
     """Compile-once training step; see ``Step``. ``mesh`` defaults to the one that the model's parameters live on."""
     return Step(model, algorithm, optimizer, mesh)
 
 
 def _on_mesh(x: jax.Array, replicated: NamedSharding) -> jax.Array:
     """``x`` as it is if it lies on the mesh already, else a copy on every device."""
-    return x if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == replicated.mesh else jax.device_put(
-        x, replicated)
+    return (
+        x
+        if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == replicated.mesh
+        else jax.device_put(x, replicated)
+    )
 
 
 def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
@@ -122,6 +131,13 @@ def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, f
 
 def _mesh_of(model: nnx.Module) -> Mesh:
     sharding = jax.tree.leaves(nnx.state(model, nnx.Param))[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else jax.make_mesh(
-        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=list(sharding.device_set)[:1])
+    return (
+        sharding.mesh
+        if isinstance(sharding, NamedSharding)
+        else jax.make_mesh(
+            (1, 1, 1),
+            ("data", "fsdp", "tensor"),
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+            devices=list(sharding.device_set)[:1],
+        )
+    )

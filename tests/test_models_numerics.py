@@ -1,0 +1,173 @@
+"""Are the decoders' logits and gradients those of transformers, padded, packed, in bfloat16 and under remat?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from models_reference import FAMILIES, logits, reference, save
+
+from kdjax.errors import UserError
+from kdjax.models import hf_tensors, load_model
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """transformers' model and the folder it was saved to, by family, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            model = reference(name)
+            made[name] = model, save(model, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def run(model, *args, **kwargs):
+    """One compilation instead of one an operation."""
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state: _logits(nnx.merge(graph, state), *args, **kwargs))(state)
+
+
+def _logits(model, *args, **kwargs):
+    return model.logits(model(*args, **kwargs))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_right_padded(pair, name):
+    theirs, folder = pair(name)
+    lengths = np.array([20, 13, 1])
+    mask = np.arange(20) < lengths[:, None]
+    ours = run(load_model(folder), TOKENS, segment_ids=jnp.asarray(mask, jnp.int32))
+    assert ours.dtype == jnp.float32 and ours.shape == (3, 20, 61)
+    expected = logits(theirs, TOKENS, mask)
+    assert np.abs(expected[mask]).max() > 1  # or agreement would mean little
+    assert np.abs(np.asarray(ours) - expected)[mask].max() < 1e-4
+    assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("name", ["llama3-rope", "qwen2", "qwen3-tied"])
+@pytest.mark.parametrize("given", [True, False], ids=["positions", "no-positions"])
+def test_packed_equals_parts_alone(pair, name, given):
+    theirs, folder = pair(name)
+    parts = [[(0, 7), (7, 8), (8, 18)], [(0, 20)], [(2, 9), (9, 15)]]  # the last row has padding at both ends
+    segments, positions = np.zeros((3, 20), np.int32), np.zeros((3, 20), np.int32)
+    for row, spans in enumerate(parts):
+        for i, (start, stop) in enumerate(spans, 1):
+            segments[row, start:stop], positions[row, start:stop] = i, np.arange(stop - start)
+    ours = run(load_model(folder), TOKENS, positions if given else None, jnp.asarray(segments))
+    assert np.isfinite(ours).all()
+    for row, spans in enumerate(parts):
+        for start, stop in spans:
+            alone = logits(theirs, TOKENS[row : row + 1, start:stop])[0]
+            assert np.abs(np.asarray(ours[row, start:stop]) - alone).max() < 1e-4
+
+
+def test_long_rows_cross_attention_blocks(pair):
+    theirs, folder = pair("qwen3")
+    tokens = np.random.default_rng(1).integers(0, 61, (1, 300)).astype(np.int32)
+    segments = np.repeat([1, 2], [170, 130])[None].astype(np.int32)
+    model = load_model(folder)
+    whole, packed = run(model, tokens), run(model, tokens, segment_ids=jnp.asarray(segments))
+    assert np.abs(np.asarray(whole) - logits(theirs, tokens)).max() < 1e-4
+    assert np.abs(np.asarray(packed[:, :170]) - logits(theirs, tokens[:, :170])).max() < 1e-4
+    assert np.abs(np.asarray(packed[:, 170:]) - logits(theirs, tokens[:, 170:])).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "llama3-rope", "qwen2", "qwen3", "qwen3-tied"])
+def test_gradients_of_every_parameter(pair, name):
+    theirs, folder = pair(name)
+    labels, mask = np.roll(TOKENS, -1, 1), np.arange(20) < np.array([19, 12, 1])[:, None]
+    theirs.zero_grad()
+    out = theirs(torch.tensor(TOKENS).long(), attention_mask=torch.tensor(np.arange(20) < [[20], [13], [2]]).long())
+    wrong = torch.nn.functional.cross_entropy(
+        out.logits.flatten(0, 1), torch.tensor(labels).long().flatten(), reduction="none"
+    )
+    (wrong * torch.tensor(mask).flatten()).sum().backward()
+
+    model = load_model(folder)
+    graph, state = nnx.split(model)
+    segments = jnp.asarray(np.arange(20) < [[20], [13], [2]], jnp.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        scores = _logits(nnx.merge(graph, state), TOKENS, segment_ids=segments)
+        return jnp.sum(-jnp.take_along_axis(jax.nn.log_softmax(scores), labels[..., None], -1)[..., 0] * mask)
+
+    ours = dict(hf_tensors(nnx.merge(graph, gradient(state))))
+    expected = {key: value.grad.numpy() for key, value in theirs.named_parameters()}
+    assert ours.keys() == expected.keys()
+    for key, value in expected.items():
+        error = np.linalg.norm(np.asarray(ours[key]) - value)
+        # A key's bias shifts every score of a query alike without rotary positions; with them its gradient is small, not 0.
+        assert error <= 1e-3 * np.linalg.norm(value) + 1e-7, key
+
+
+def test_hidden_states_of_chosen_layers(pair):
+    theirs, folder = pair("qwen3")
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS).long(), output_hidden_states=True).hidden_states
+    model = load_model(folder)
+    hidden, (second, embedded, last) = model(TOKENS, hidden_layers=(2, 0, -1))
+    assert np.abs(np.asarray(second) - expected[2].numpy()).max() < 1e-4
+    assert np.abs(np.asarray(embedded) - expected[0].numpy()).max() == 0
+    assert np.abs(np.asarray(hidden) - expected[3].numpy()).max() < 1e-4  # transformers' last one is after the norm
+    assert np.abs(np.asarray(model.norm(last)) - np.asarray(hidden)).max() == 0
+    with pytest.raises(UserError, match="hidden_layers: 4 is not in 0 … 3"):
+        model(TOKENS, hidden_layers=(4,))
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scanned", "unrolled"])
+def test_remat_changes_nothing(pair, unroll):
+    _, folder = pair("qwen3-tied")
+
+    def loss_and_gradient(remat):
+        graph, state = nnx.split(load_model(folder, remat=remat, unroll=unroll))
+        return jax.jit(jax.value_and_grad(lambda s: jnp.sum(nnx.merge(graph, s)(TOKENS) ** 2)))(state)
+
+    plain = loss_and_gradient("none")
+    for remat in ("dots", "full"):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(loss_and_gradient(remat)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def test_bfloat16_over_float32_masters(pair):
+    theirs, folder = pair("qwen3")
+    model = load_model(folder, dtype="bfloat16", param_dtype="float32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    hidden = model(TOKENS)
+    ours = model.logits(hidden)
+    assert hidden.dtype == jnp.bfloat16 and ours.dtype == jnp.float32
+    expected = logits(theirs, TOKENS)
+    rough = logits(reference("qwen3").to(torch.bfloat16), TOKENS)
+    error, theirs_error = np.abs(np.asarray(ours) - expected), np.abs(rough - expected)
+    assert 0 < error.mean() < 1.5 * theirs_error.mean()  # as near to float32 as transformers' own bfloat16
+
+
+def test_positions_matter_in_bfloat16(pair):
+    """Rotary angles stay float32: in bfloat16 positions 600 and 601 would be the same number."""
+    _, folder = pair("qwen3")
+    model = load_model(folder, dtype="bfloat16")
+    far = jnp.arange(20, dtype=jnp.int32)[None].repeat(3, 0) + 600
+    near = np.asarray(model(TOKENS).astype(jnp.float32))
+    shifted = np.asarray(model(TOKENS, far).astype(jnp.float32))
+    assert np.abs(near - shifted).mean() < 0.02 * np.abs(near).mean() * 3  # attention sees differences only
+
+
+def test_unknown_choices_are_refused(pair):
+    _, folder = pair("qwen3")
+    for arguments, message in (
+        (dict(dtype="float64"), "dtype 'float64' is not one of float32, bfloat16, float16"),
+        (dict(remat="some"), "remat 'some' is not one of none, dots, full"),
+        (dict(attention="flash"), "attention 'flash' is not one of xla, cudnn"),
+        (dict(attention="cudnn"), "attention 'cudnn' needs dtype bfloat16 or float16, got float32"),
+        (dict(init="zeros"), "model init: 'zeros' is not 'pretrained', 'random' or a list of layers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(folder, **arguments)
