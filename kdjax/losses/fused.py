@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 from kdjax.losses.chunks import Fixed, Plan, Side, mix, resize, sums_and_gradients
 from kdjax.losses.head import Head
