@@ -92,7 +92,10 @@ def test_a_sliding_window_that_is_switched_off_is_fine():
     [
         ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; known are llama, qwen2, qwen3"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window with window 64"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "use_sliding_window with window 64",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),

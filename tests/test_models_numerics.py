@@ -79,7 +79,7 @@ def test_long_rows_cross_attention_blocks(pair):
     assert np.abs(np.asarray(packed[:, 170:]) - logits(theirs, tokens[:, 170:])).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama-biased", "llama3-rope", "qwen2", "qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("name", ["llama-biased", "llama3-rope", "qwen2", "qwen3"])
 def test_gradients_of_every_parameter(pair, name):
     theirs, folder = pair(name)
     labels, mask = np.roll(TOKENS, -1, 1), np.arange(20) < np.array([19, 12, 1])[:, None]
@@ -104,9 +104,7 @@ def test_gradients_of_every_parameter(pair, name):
     expected = {key: value.grad.numpy() for key, value in theirs.named_parameters()}
     assert ours.keys() == expected.keys()
     for key, value in expected.items():
-        error = np.linalg.norm(np.asarray(ours[key]) - value)
-        # A key's bias shifts every score of a query alike without rotary positions; with them its gradient is small, not 0.
-        assert error <= 1e-3 * np.linalg.norm(value) + 1e-7, key
+        assert np.linalg.norm(np.asarray(ours[key]) - value) <= 1e-3 * np.linalg.norm(value), key
 
 
 def test_hidden_states_of_chosen_layers(pair):
@@ -123,18 +121,17 @@ def test_hidden_states_of_chosen_layers(pair):
         model(TOKENS, hidden_layers=(4,))
 
 
-@pytest.mark.parametrize("unroll", [False, True], ids=["scanned", "unrolled"])
-def test_remat_changes_nothing(pair, unroll):
+def test_remat_and_unrolling_change_nothing(pair):
     _, folder = pair("qwen3-tied")
 
-    def loss_and_gradient(remat):
-        graph, state = nnx.split(load_model(folder, remat=remat, unroll=unroll))
+    def loss_and_gradient(**options):
+        graph, state = nnx.split(load_model(folder, **options))
         return jax.jit(jax.value_and_grad(lambda s: jnp.sum(nnx.merge(graph, s)(TOKENS) ** 2)))(state)
 
-    plain = loss_and_gradient("none")
-    for remat in ("dots", "full"):
-        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(loss_and_gradient(remat)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
+    plain = jax.tree.leaves(loss_and_gradient())
+    for options in (dict(remat="dots"), dict(remat="full"), dict(remat="full", unroll=True)):
+        for a, b in zip(plain, jax.tree.leaves(loss_and_gradient(**options)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()), err_msg=str(options))
 
 
 def test_bfloat16_over_float32_masters(pair):
@@ -150,14 +147,16 @@ def test_bfloat16_over_float32_masters(pair):
     assert 0 < error.mean() < 1.5 * theirs_error.mean()  # as near to float32 as transformers' own bfloat16
 
 
-def test_positions_matter_in_bfloat16(pair):
-    """Rotary angles stay float32: in bfloat16 positions 600 and 601 would be the same number."""
+def test_rotary_angles_stay_float32(pair):
+    """In bfloat16 the positions 600 and 601 would be the same number."""
     _, folder = pair("qwen3")
-    model = load_model(folder, dtype="bfloat16")
-    far = jnp.arange(20, dtype=jnp.int32)[None].repeat(3, 0) + 600
-    near = np.asarray(model(TOKENS).astype(jnp.float32))
-    shifted = np.asarray(model(TOKENS, far).astype(jnp.float32))
-    assert np.abs(near - shifted).mean() < 0.02 * np.abs(near).mean() * 3  # attention sees differences only
+    exact, rough = load_model(folder), load_model(folder, dtype="bfloat16")
+
+    def error(positions):
+        return np.abs(np.asarray(exact(TOKENS, positions)) - np.asarray(rough(TOKENS, positions), np.float32)).mean()
+
+    near = jnp.arange(20, dtype=jnp.int32)[None].repeat(3, 0)
+    assert error(near + 600) < 1.3 * error(near)
 
 
 def test_unknown_choices_are_refused(pair):
