@@ -1,6 +1,8 @@
 """SGLang's engine behind our protocol: request ids out, rows in the pool; failures it returns as values are raised."""
 
 import os
+import signal
+import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
@@ -13,6 +15,7 @@ from bridge.errors import EngineError
 from bridge.leaving import child_failed
 from bridge.sglang_hook import request_id
 
+IDLE_SECONDS = 30.0
 PLATFORM_GROUP, PLATFORM = "sglang.srt.platforms", "kdjax_cpu"
 
 # For any device: ids in and out only; a cached prefix would skip its rows; an idle scheduler must not spin on a core.
@@ -54,6 +57,8 @@ class SGLangEngine:
             | dict(spec.options)
         )
         self.max_tokens = int(self._engine.get_server_info()["max_req_input_len"]) - 1
+        # With the first request SGLang installs a handler that tries py-spy and core dumps for seconds before it goes.
+        signal.signal(signal.SIGQUIT, child_failed)
         self._calls = 0
         self._updating = False
 
@@ -117,9 +122,10 @@ class SGLangEngine:
         if end := getattr(self._engine, "end_weight_update", None):
             _raise_failure("end_weight_update", end())
         self._updating = False
-        self._engine.flush_cache()
+        self._settle()  # no cached state of the old weights survives
 
     def sleep(self, tags: Sequence[str] | None) -> None:
+        self._settle()
         self._engine.release_memory_occupation(None if tags is None else list(tags))
 
     def wake(self, tags: Sequence[str] | None) -> None:
@@ -127,6 +133,14 @@ class SGLangEngine:
 
     def close(self) -> None:
         self._engine.shutdown()
+
+    def _settle(self) -> None:
+        """empty the caches, which works only once the scheduler, a moment after its last answer, is idle"""
+        end = time.monotonic() + IDLE_SECONDS
+        while not self._engine.flush_cache().success:
+            if time.monotonic() > end:
+                raise EngineError(f"SGLang's scheduler did not become idle within {IDLE_SECONDS:g} s")
+            time.sleep(0.01)
 
     def _request(self, prompts: Sequence[np.ndarray], sampling_params: Any, **more: Any) -> list[dict[str, Any]]:
         answers = self._engine.generate(
