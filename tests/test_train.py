@@ -29,7 +29,7 @@ def without_teacher(run_values):
 
 
 def go(run_values, **changes):
-    return train(from_dict({**values, **changes}), Display(quiet=True))
+    return train(from_dict({**run_values, **changes}), Display(quiet=True))
 
 
 def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capsys):

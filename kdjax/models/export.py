@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +46,7 @@ def export_hf(
     *,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
+    entries: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write safetensors, config.json, generation_config.json, tokenizer files and chat template to ``out_dir``.
@@ -57,6 +58,7 @@ def export_hf(
         source: folder or hub id whose ids, generation settings, tokenizer and template go along.
         tokenizer: take tokenizer and template from here instead.
         dtype: of the stored weights; None keeps the parameters' dtype.
+        entries: of config.json beside the shape, such as token ids, over those of ``source``.
         max_shard_bytes: tensors beyond it go into the next file, with an index.
 
     Raises:
@@ -77,7 +79,7 @@ def export_hf(
     try:
         work.mkdir()
         _write_weights(work, shards, hf_tensors(model, dtype), dtype)
-        _write_texts(work, model, dtype, base, texts)
+        _write_texts(work, model, dtype, base, texts, entries or {})
         _swap(work, out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -137,8 +139,11 @@ def _write_safetensors(file: BinaryIO, shard: list[Planned], tensors: Iterator[t
     os.fsync(file.fileno())
 
 
-def _write_texts(folder: Path, model: nnx.Module, dtype: str, base: Path | None, texts: Path | None) -> None:
+def _write_texts(
+    folder: Path, model: nnx.Module, dtype: str, base: Path | None, texts: Path | None, entries: Mapping[str, Any]
+) -> None:
     said = read_json(base / "config.json") if base is not None and (base / "config.json").exists() else {}
+    said |= entries
     kept = {key: value for key, value in said.items() if key not in _STALE}
     _write_json(folder / "config.json", {**kept, **model.config.to_hf(dtype)})
     if base is not None and (base / GENERATION).exists():

@@ -191,6 +191,7 @@ class _Run:
                 source=config.student.path or config.teacher.path,
                 tokenizer=config.data.tokenizer or config.teacher.path or config.student.path,
                 dtype=config.student.export_dtype,
+                entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
             )
             self.checkpoints.wait()
         if result.evaluations:
@@ -248,8 +249,11 @@ def _progress_line(step: int, steps: int, values: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _show_evaluations(display: Display, result: Result) -> None:
-    steps = sorted({0, result.kept_step, result.steps} & set(result.evaluations))
+def _show_evaluations(display: Display, result: Result, columns: int = 7) -> None:
+    """Before, during and after, side by side; of many evaluations an even choice, with the kept one."""
+    known = sorted(result.evaluations)
+    stride = max(1, -(-(len(known) - 1) // (columns - 1)))
+    steps = sorted({*known[::stride], known[-1], result.kept_step} & set(known))
     names = list(result.evaluations[steps[-1]])
     display.table(
         "held-out rows",
