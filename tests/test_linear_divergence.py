@@ -323,6 +323,7 @@ def test_no_needless_product():
         ({"student_hidden": np.zeros((4, 7), np.float32)}, "student: hidden rows (4, 7) and head (12, 53)"),
         ({"teacher_hidden": np.zeros((5, 20), np.float32)}, "teacher: 5 hidden rows, but the mask has 4"),
         ({"student_head": Head(np.zeros((12, 53), np.float32), np.zeros(7))}, "student: head bias has shape (7,)"),
+        ({"teacher_head": None}, "teacher: hidden rows without a head"),
         ({"labels": np.zeros(3, int)}, "labels have shape (3,), but the mask has (4,)"),
         ({"divergence": "ce"}, "set kd_ratio to 0"),
         ({"jsd_beta": 0.5}, "'kl' takes no jsd_beta"),
@@ -350,5 +351,3 @@ def test_layout_and_cap_are_checked():
         Head(np.zeros((3, 4)), layout="v")
     with pytest.raises(UserError, match="not positive"):
         Head(np.zeros((3, 4)), soft_cap=0.0)
-
-

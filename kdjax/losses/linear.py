@@ -51,6 +51,7 @@ def linear_divergence(
 
     Args:
         divergence: a name, ``path/my.py:function``, or a function of logits; ``params`` and ``temperature`` go to it.
+            They may be arrays, of a schedule for instance, and get no gradient.
         mask: rows that carry loss. The others may hold anything.
         mesh: how to split rows and vocabulary; by default the ambient one.
         chunk_rows: rows whose logits exist at a time on one device; by default 256 on a CPU and 1,024 elsewhere, or
@@ -93,16 +94,14 @@ def linear_objective(
     if known and not 0 <= kd_ratio <= 1:
         raise UserError(f"kd_ratio is {kd_ratio}, it must be between 0 and 1")
     student = student_hidden, as_head(student_head)
-    if teacher_hidden is None or teacher_head is None or (known and kd_ratio == 0):
+    if not _has_teacher(teacher_hidden, teacher_head) or (known and kd_ratio == 0):
         total, sums = _totals(Terms(None, (), True), (student,), labels, mask, {}, jnp.ones((1, 1)), mesh, chunk_rows)
         return total[0], _count(mask), {"ce": sums[0]}
     found = _comparison(divergence)
     static, traced = _split(found.checked(temperature, params))
     mixture = jnp.stack([jnp.asarray(kd_ratio, jnp.float32), 1 - jnp.asarray(kd_ratio, jnp.float32)])[None]
     rows = student, (teacher_hidden, as_head(teacher_head))
-    total, (kd_sum, ce_sum) = _totals(
-        Terms(found, static, True), rows, labels, mask, traced, mixture, mesh, chunk_rows
-    )
+    total, (kd_sum, ce_sum) = _totals(Terms(found, static, True), rows, labels, mask, traced, mixture, mesh, chunk_rows)
     return total[0], _count(mask), {"kd": kd_sum, "ce": ce_sum}
 
 
@@ -124,7 +123,7 @@ def linear_statistics(
     ``kl`` (of p from q), ``rkl`` (of q from p) and ``agreement`` (both make the same choice). ``count`` is the rows.
     """
     rows = [(student_hidden, as_head(student_head))]
-    if teacher_hidden is not None and teacher_head is not None:
+    if _has_teacher(teacher_hidden, teacher_head):
         rows.append((teacher_hidden, as_head(teacher_head)))
     names = STATISTICS if len(rows) == 2 else STATISTICS[:3]
     mixture = jnp.zeros((0, len(names)))
@@ -146,9 +145,7 @@ class Terms:
     def __call__(self, student, teacher, labels, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
         values = []
         if self.divergence is not None:
-            values.append(
-                self.divergence(*_common(student, teacher, keep), vocab=vocab, **dict(self.params), **traced)
-            )
+            values.append(self.divergence(*_common(student, teacher, keep), vocab=vocab, **dict(self.params), **traced))
         if self.cross_entropy:
             values.append(ce(student, labels, vocab=vocab))
         return tuple(values)
@@ -174,7 +171,16 @@ def _common(student: Array, teacher: Array, keep: Array | None) -> tuple[Array, 
     return masked(student[..., :columns], keep), masked(teacher[..., :columns], keep)
 
 
-def _totals(values, rows, labels, mask, traced, mixture, mesh, chunk_rows) -> tuple[Array, Array]:
+def _totals(
+    values: Callable[..., tuple[Array, ...]],
+    rows: tuple[tuple[Array, Head], ...],
+    labels: Array | None,
+    mask: Array,
+    traced: dict[str, Array],
+    mixture: Array,
+    mesh: Mesh | AbstractMesh | None,
+    chunk_rows: int | None,
+) -> tuple[Array, Array]:
     heads = [head for _, head in rows]
     _check(rows, labels, mask, chunk_rows)
     plan = Plan(
@@ -187,6 +193,12 @@ def _totals(values, rows, labels, mask, traced, mixture, mesh, chunk_rows) -> tu
     sides = tuple(Side(hidden, head.weight, head.bias) for hidden, head in rows)
     fixed = Fixed(labels, mask, _valid_in_both(heads), jax.lax.stop_gradient(mixture), jax.lax.stop_gradient(traced))
     return totals_and_sums(plan, sides, fixed)
+
+
+def _has_teacher(hidden: Array | None, head: Head | Array | None) -> bool:
+    if (hidden is None) != (head is None):
+        raise UserError(f"teacher: {'a head without hidden rows' if hidden is None else 'hidden rows without a head'}")
+    return hidden is not None
 
 
 def _valid_in_both(heads: list[Head]) -> Array | None:

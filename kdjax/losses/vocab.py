@@ -3,9 +3,9 @@
 A divergence written with these reductions is written once: ``WHOLE`` makes it an ordinary function of full logits, and
 ``Vocab("tensor")`` makes the same function work on the columns that each device holds, exchanging a few numbers a row.
 
-One rule keeps gradients right on a split axis, where every device adds up the same loss: what a reduction returns is
-combined into the result by all devices alike. It flows back to the columns only through ``log_softmax``, ``sum``,
-``take`` and ``by_rows``; anything else that joins a reduced number to the columns takes ``stop_gradient`` of it first.
+One rule keeps gradients right on a split axis: a number that a reduction returns must not meet the columns again,
+unless it carries no gradient (``stop_gradient``). Where one does, in ``log_softmax`` and ``nll``, the slope is written
+out. All else may be done with reduced numbers, as every device does it alike.
 """
 
 from __future__ import annotations
@@ -49,21 +49,15 @@ class Vocab:
     def sum(self, x: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
         return _total(x.sum(-1), self.axis)
 
-    def max(self, x: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-        """The largest entry; without gradient."""
-        top = lax.stop_gradient(x).max(-1)
-        return top if self.axis is None else lax.pmax(top, self.axis)
-
     def argmax(self, x: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
         """The id of the largest entry, the lowest of equal ones."""
         x = lax.stop_gradient(x)
-        if self.axis is None:
-            return x.argmax(-1).astype(jnp.int32)
         first = x.argmax(-1).astype(jnp.int32)
+        if self.axis is None:
+            return first
         largest = x.max(-1)
-        beyond = jnp.int32(jnp.iinfo(jnp.int32).max)
         here = largest == lax.pmax(largest, self.axis)
-        return lax.pmin(jnp.where(here, first + self.ids(x.shape[-1])[0], beyond), self.axis)
+        return lax.pmin(jnp.where(here, first + self.ids(x.shape[-1])[0], self.size(x.shape[-1])), self.axis)
 
     def top_k(self, x: Float[Array, "*rows V"], k: int) -> Int[Array, "*rows k"]:
         """The ids of the ``k`` largest entries, largest first, equal ones by ascending id."""
