@@ -1,4 +1,4 @@
-"""Do weights survive Hugging Face → kdjax → Hugging Face to the bit, and is a folder that does not fit refused by name?"""
+"""Do weights survive Hugging Face → kdjax → Hugging Face to the bit, and is a misfit refused by name?"""
 
 import errno
 import json
@@ -17,8 +17,16 @@ from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
 from kdjax.errors import UserError
-from kdjax.models import abstract_model, export_hf, hf_tensors, init_model, load_model, set_from_hf, teacher_head
-from kdjax.models import export as export_module
+from kdjax.models import (
+    abstract_model,
+    export as export_module,
+    export_hf,
+    hf_tensors,
+    init_model,
+    load_model,
+    set_from_hf,
+    teacher_head,
+)
 from kdjax.models.checkpoint import Checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
@@ -69,8 +77,8 @@ def test_round_trip_is_exact(saved, tmp_path, name, dtype):
     for key, value in before.items():
         assert after[key].dtype == value.dtype == getattr(torch, dtype) and after[key].shape == value.shape
         assert np.array_equal(bits(after[key]), bits(value)), key
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype))
-    assert np.array_equal(logits(again, TOKENS), logits(theirs, TOKENS))
+    one, two = (AutoModelForCausalLM.from_pretrained(f, dtype=theirs.dtype) for f in (folder, tmp_path / "out"))
+    assert np.array_equal(logits(one, TOKENS), logits(two, TOKENS))
 
 
 def test_masters_hold_what_the_file_holds(saved):

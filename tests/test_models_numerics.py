@@ -7,6 +7,7 @@ import pytest
 import torch
 from flax import nnx
 from models_reference import FAMILIES, logits, reference, save
+from transformers import AutoModelForCausalLM
 
 from kdjax.errors import UserError
 from kdjax.models import hf_tensors, load_model
@@ -142,7 +143,7 @@ def test_bfloat16_over_float32_masters(pair):
     ours = model.logits(hidden)
     assert hidden.dtype == jnp.bfloat16 and ours.dtype == jnp.float32
     expected = logits(theirs, TOKENS)
-    rough = logits(reference("qwen3").to(torch.bfloat16), TOKENS)
+    rough = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), TOKENS)
     error, theirs_error = np.abs(np.asarray(ours) - expected), np.abs(rough - expected)
     assert 0 < error.mean() < 1.5 * theirs_error.mean()  # as near to float32 as transformers' own bfloat16
 

@@ -95,6 +95,8 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention (2305.13245), with normed queries and keys where the family has them."""
+
     def __init__(self, config: ModelConfig, compute: Compute, stack: tuple[int, ...], rngs: nnx.Rngs) -> None:
         width, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
         kv_heads = config.num_key_value_heads
@@ -108,7 +110,13 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(stack, size, **norm) if config.qk_norm else None
         self.compute = compute
 
-    def __call__(self, x, cos, sin, segment_ids):
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S half"],
+        sin: Float[Array, "B S half"],
+        segment_ids: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B S D"]:
         rules = self.compute.rules
         q = constrain(self.q(x), "batch", "sequence", "heads", "head_dim", rules=rules)
         k = constrain(self.k(x), "batch", "sequence", "kv_heads", "head_dim", rules=rules)
@@ -130,12 +138,14 @@ class MLP(nnx.Module):
         self.down = Linear(stack, width, inner, **same)
         self.rules = compute.rules
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         inner = jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(constrain(inner, "batch", "sequence", "mlp", rules=self.rules))
 
 
 class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: ModelConfig, compute: Compute, stack: tuple[int, ...], rngs: nnx.Rngs) -> None:
         norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, dtype=compute.param_dtype)
         self.attention_norm = RMSNorm(stack, **norm)
@@ -144,7 +154,13 @@ class Block(nnx.Module):
         self.mlp = MLP(config, compute, stack, rngs)
         self.rules = compute.rules
 
-    def __call__(self, x, cos, sin, segment_ids):
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S half"],
+        sin: Float[Array, "B S half"],
+        segment_ids: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B S D"]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x), cos, sin, segment_ids)
         with jax.named_scope("mlp"):
