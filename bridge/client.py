@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from bridge.checkpoint import model_folder, read_facts
+from bridge.dlpack import ALIGNMENT
 from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, Sampling, check_ids
 from bridge.errors import EngineError
 from bridge.hidden_pool import HiddenPool
@@ -41,7 +43,7 @@ def start_engine(
     banned_ids: Sequence[int] = (),
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
-    start_timeout: float = 300.0,
+    start_timeout: float = 600.0,
     call_timeout: float = 600.0,
     wait: bool = True,
 ) -> "RemoteEngine":
@@ -133,13 +135,15 @@ class RemoteEngine:
         bucket_bytes: int = 256 * 2**20,
         timeout: float | None = None,
     ) -> None:
-        """replace all weights, `bucket_bytes` at a time through shared memory; completions then carry `version`
+        """replace all weights, about `bucket_bytes` at a time through shared memory; completions then carry `version`
 
         Raises EngineError that names the tensor where one is unknown, misshaped, sent twice or missing. The engine then
         refuses other calls until an update succeeds or it is restarted.
         """
         deadline = time.monotonic() + (self.call_timeout if timeout is None else timeout)
-        with self._turn, WeightBucket(bucket_bytes) as bucket:
+        sizes = [4 * prod(shape) for shape in read_facts(Path(self.spec.model)).tensors.values()]  # 4: at most float32
+        size = max([1, *sizes, min(bucket_bytes, sum(sizes) + ALIGNMENT * len(sizes))])
+        with self._turn, WeightBucket(size) as bucket:
             self._call("weights_begin", (), deadline - time.monotonic())
             for entries in bucket.fill(tensors):
                 self._call("weights_bucket", (bucket.path, entries), deadline - time.monotonic())
@@ -298,7 +302,9 @@ class _Server:
         for _, other in pairs:
             other.close()
         self.work, self.watch = (Connection(pair[0].detach()) for pair in pairs)
-        self.destroy = weakref.finalize(self, _destroy, self.process, self.folder, self.leftovers, os.getpid())
+        self.destroy = weakref.finalize(
+            self, _destroy, self.process, self.death, self.folder, self.leftovers, os.getpid()
+        )
 
     def limit(self, end: Connection, seconds: float) -> None:
         """let neither a full nor a half-read socket block longer than this"""
@@ -309,7 +315,7 @@ class _Server:
             handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
 
-def _destroy(process: subprocess.Popen, folder: str, leftovers: list[str], owner: int) -> str:
+def _destroy(process: subprocess.Popen, death: int, folder: str, leftovers: list[str], owner: int) -> str:
     """kill the server and its children, remove what they leave; returns how the server ended"""
     if os.getpid() != owner:  # a fork of the trainer that exits
         return ""
@@ -323,6 +329,7 @@ def _destroy(process: subprocess.Popen, folder: str, leftovers: list[str], owner
     for path in leftovers:
         Path(path).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+    os.close(death)
     code = process.returncode
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
@@ -334,6 +341,7 @@ def _environment(spec: EngineSpec, folder: str) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     if spec.threads is not None:
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(spec.threads)))
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning take the trainer's cores
     return environment
 
 
