@@ -52,6 +52,8 @@ class StudentConfig:
             raise ValueError("student.layers: name the teacher's layers to keep, as in [0, 2, 4], or use another init")
         if self.init != "layers" and self.layers:
             raise ValueError("student.layers only goes with student.init=layers")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError("student.attention=cudnn needs student.dtype=bfloat16")
         if self.config and self.init != "random":
             raise ValueError("student.config changes shapes, so it needs student.init=random")
 
@@ -121,7 +123,7 @@ class DataConfig:
     eval: tuple[SourceConfig, ...] = ()
     """Held-out sources."""
     tokenizer: str | None = None
-    """Tokenizer folder or hub id; by default the teacher's, else the student's."""
+    """Tokenizer folder or hub id; by default a pretrained student's own, else the teacher's."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
     template_args: dict[str, Any] = Field(default_factory=dict)
@@ -197,7 +199,7 @@ class TrainConfig:
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations; none evaluates before and after only."""
     eval_rows: int | None = Field(None, ge=1)
-    """Held-out documents to evaluate on; none means all."""
+    """Held-out rows to evaluate on; none means all. Their teacher states stay in memory for the whole run."""
     keep_best: bool = False
     """Export the weights with the lowest held-out loss instead of the last."""
     patience: int | None = Field(None, ge=1)
@@ -273,6 +275,8 @@ class Config:
             raise ValueError("data.train is empty: name at least one source, as in data.train: [{path: rows.jsonl}]")
         if self.student.path is None and self.student.init != "layers" and not self.student.config:
             raise ValueError("student.path is missing: a Hugging Face folder or hub id")
+        if self.data.tokenizer is None and self.student.path is None and self.teacher.path is None:
+            raise ValueError("data.tokenizer is missing: neither a student.path nor a teacher.path brings one")
         if self.student.init == "layers" and self.teacher.path is None:
             raise ValueError("student.init=layers takes the teacher's layers, but teacher.path is missing")
         if self.data.eval == () and (self.train.eval_every or self.train.eval_rows):

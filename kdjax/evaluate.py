@@ -25,6 +25,7 @@ def evaluate(config: Config, model: str | Path) -> dict[str, float]:
 
     from kdjax.models import load_model
     from kdjax.training.evaluation import Evaluator
+    from kdjax.training.preflight import check_teacher
     from kdjax.training.sources import Stream
 
     if not config.data.eval:
@@ -34,6 +35,8 @@ def evaluate(config: Config, model: str | Path) -> dict[str, float]:
         student = load_model(model, mesh=stream.mesh, dtype=config.student.dtype)
         evaluator = Evaluator(student, stream.teachers, stream.mesh)
         stream.wait_ready()
+        if stream.teachers and config.teacher.preflight:
+            check_teacher(stream)
         values = evaluator(nnx.state(student, nnx.Param), stream.evaluation())
     return values | {"perplexity": math.exp(values["ce"])}
 

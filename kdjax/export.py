@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kdjax.config import load_config
@@ -18,20 +19,28 @@ def export(run: str | Path, out: str | Path, dtype: str | None = None) -> Path:
 
     from kdjax.models import export_hf
     from kdjax.training.checkpoint import Checkpoints
-    from kdjax.training.student import make_student
+    from kdjax.training.student import make_student, tokenizer_path
 
     run = Path(run)
     config = load_config(run / "config.yaml")
     checkpoints = Checkpoints(run / "checkpoints", config.checkpoint)
     if checkpoints.latest is None:
         raise UserError(f"{run}/checkpoints holds no checkpoint; train first, or set checkpoint.save_every")
-    model = make_student(config)
+    # Only the shapes are wanted: random weights are drawn rather than others read, and replaced at once.
+    kept = {"num_hidden_layers": len(config.student.layers)} if config.student.layers else {}
+    shape = replace(config.student, path=config.student.path or config.teacher.path, init="random", layers=())
+    model = make_student(replace(config, student=replace(shape, config={**config.student.config, **kept})))
     params = checkpoints.restore_student(nnx.state(model, nnx.Param))
     checkpoints.close()
     nnx.update(model, params)
-    source = config.student.path or config.teacher.path
-    tokenizer = config.data.tokenizer or config.teacher.path or config.student.path
-    return export_hf(model, out, source=source, tokenizer=tokenizer, dtype=dtype)
+    return export_hf(
+        model,
+        out,
+        source=config.student.path or config.teacher.path,
+        tokenizer=tokenizer_path(config),
+        dtype=dtype or config.student.export_dtype,
+        entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

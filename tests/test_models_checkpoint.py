@@ -25,7 +25,6 @@ from kdjax.models import (
     init_model,
     load_model,
     set_from_hf,
-    teacher_head,
 )
 from kdjax.models.checkpoint import Checkpoint
 
@@ -161,19 +160,6 @@ def test_random_student_needs_no_weights(saved, tmp_path):
     assert np.array_equal(alone.layers.mlp.gate.weight[...], weight)
     with pytest.raises(UserError, match="without a path there are no weights to load"):
         load_model(None)
-
-
-def test_teacher_head_reads_the_head_alone(saved, monkeypatch):
-    read, original = [], Checkpoint.read
-    monkeypatch.setattr(
-        Checkpoint, "read", lambda self, name, index=None: read.append(name) or original(self, name, index)
-    )
-    for name, tensor in (("qwen3", "lm_head.weight"), ("qwen3-tied", "model.embed_tokens.weight")):
-        theirs, folder = saved(name)
-        head, config = teacher_head(folder)
-        assert read == [tensor] and head.layout == "vd" and config.hidden_size == 32
-        assert np.array_equal(head.weight, theirs.lm_head.weight.detach().numpy())
-        read.clear()
 
 
 def test_abstract_model_takes_no_memory(saved):

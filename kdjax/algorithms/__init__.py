@@ -1,7 +1,17 @@
 """What is compared with what: logit distillation, supervised fine-tuning, and a user's own."""
 
-from kdjax.algorithms.base import Frozen, Teacher, Term, make_algorithm, register_algorithm
+from kdjax.algorithms.base import Frozen, Teacher, Term, check_names, make_algorithm, register_algorithm
 from kdjax.algorithms.feature import Feature
 from kdjax.algorithms.vanilla import SFT, Vanilla
 
-__all__ = ["SFT", "Feature", "Frozen", "Teacher", "Term", "Vanilla", "make_algorithm", "register_algorithm"]
+__all__ = [
+    "SFT",
+    "Feature",
+    "Frozen",
+    "Teacher",
+    "Term",
+    "Vanilla",
+    "check_names",
+    "make_algorithm",
+    "register_algorithm",
+]

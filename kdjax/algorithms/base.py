@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from kdjax.config import Config
-from kdjax.losses import Head
+from kdjax.losses import Head, find_divergence
 from kdjax.registry import Registry
 
 
@@ -47,6 +47,15 @@ class Teacher(NamedTuple):
 
 _REGISTRY = Registry("algorithm", "distill.algorithm")
 register_algorithm: Callable[[str], Callable[[type], type]] = _REGISTRY.register
+
+
+def check_names(config: Config) -> None:
+    """Refuse an unknown algorithm or divergence, or parameters it does not take, before anything is loaded.
+
+    Raises UserError.
+    """
+    _REGISTRY.get(config.distill.algorithm)
+    find_divergence(config.distill.loss).checked(config.distill.temperature, dict(config.distill.loss_args))
 
 
 def make_algorithm(config: Config, student: nnx.Module, teachers: tuple[Teacher, ...] = (), *, seed: int = 0) -> Any:

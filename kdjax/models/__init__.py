@@ -4,7 +4,8 @@ from kdjax.models.checkpoint import resolve
 from kdjax.models.config import FAMILIES, ModelConfig, Rope
 from kdjax.models.decoder import REMAT, Compute, Decoder
 from kdjax.models.export import export_hf
-from kdjax.models.hf import abstract_model, init_model, load_model, teacher_head
+from kdjax.models.hf import abstract_model, init_model, load_model
+from kdjax.models.teacher import TeacherShape, teacher_head
 from kdjax.models.weights import hf_tensors, param_shardings, set_from_hf, state_shardings
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Decoder",
     "ModelConfig",
     "Rope",
+    "TeacherShape",
     "abstract_model",
     "export_hf",
     "hf_tensors",

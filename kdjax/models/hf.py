@@ -13,7 +13,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from kdjax.errors import UserError
-from kdjax.losses.head import Head
 from kdjax.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from kdjax.models.config import ModelConfig
 from kdjax.models.decoder import Compute, Decoder
@@ -102,23 +101,6 @@ def abstract_model(config: ModelConfig, compute: Compute | None = None, mesh: Me
     shapes = {row.path: row.shape(config) for row in weight_table(config)}
     dtype = jnp.dtype(compute.param_dtype)
     return _fill(config, compute, lambda path: jax.ShapeDtypeStruct(shapes[path], dtype, sharding=where.get(path)))
-
-
-def teacher_head(
-    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str = "float32"
-) -> tuple[Head, ModelConfig]:
-    """The output head of a model and nothing else of it: ``lm_head``, or the embedding where they are tied.
-
-    Layout [V, E] as stored, vocabulary sharded over ``tensor``. Raises UserError as ``load_model`` does.
-    """
-    folder = resolve(path)
-    config = ModelConfig.from_folder(folder)
-    compute = Compute(dtype=dtype, param_dtype=dtype, rules=rules or Rules())
-    target = "embed.weight" if config.tie_word_embeddings else "lm_head.weight"
-    row = next(row for row in weight_table(config) if row.target == target)
-    with open_checkpoint(folder) as checkpoint:
-        checkpoint.check(config)
-        return Head(_read(checkpoint, row, config, None, compute, mesh), layout="vd"), config
 
 
 def _checked(layers: tuple[int, ...], source: ModelConfig) -> tuple[int, ...]:

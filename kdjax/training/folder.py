@@ -55,6 +55,8 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} holds a run and checkpoint.resume is false; choose another output, or overwrite=true"
                 )
+            if not known.exists():
+                raise UserError(f"{self.path} holds checkpoints and no config.yaml; choose another output")
             refuse_other_config(yaml.safe_load(known.read_text()), config)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from kdjax.algorithms import make_algorithm
+from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import export_hf, load_model
@@ -31,7 +31,7 @@ from kdjax.training.preflight import check_export, check_teacher
 from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
-from kdjax.training.student import make_student
+from kdjax.training.student import make_student, tokenizer_path
 
 
 @dataclass
@@ -63,6 +63,7 @@ class _Run:
 
     def run(self) -> Result:
         config, display = self.config, self.display
+        check_names(config)
         with (
             RunFolder(config),
             Stream(config, log=self.folder / "engine.log") as self.stream,
@@ -104,7 +105,7 @@ class _Run:
 
     def _loop(self, done: int) -> None:
         config, display = self.config, self.display
-        if done == self.steps:
+        if done == self.steps or self._out_of_patience():
             return
         with display.stage("compile"):
             pending = self._dispatch()
@@ -163,8 +164,10 @@ class _Run:
         self.display.line(f"held-out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in values.items()))
         if self.config.train.keep_best and self._best_step() == step:
             export_hf(self.model, self.folder / "best", source=self.config.student.path or self.config.teacher.path)
-        steps = sorted(self.result.evaluations)
-        patience = self.config.train.patience
+        return self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        steps, patience = sorted(self.result.evaluations), self.config.train.patience
         return patience is not None and len(steps) - 1 - steps.index(self._best_step()) >= patience
 
     def _best_step(self) -> int:
@@ -189,7 +192,7 @@ class _Run:
                 self.model,
                 result.export,
                 source=config.student.path or config.teacher.path,
-                tokenizer=config.data.tokenizer or config.teacher.path or config.student.path,
+                tokenizer=tokenizer_path(config),
                 dtype=config.student.export_dtype,
                 entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
             )

@@ -17,7 +17,7 @@ from rich.table import Table
 
 
 class Display:
-    """Prints to standard error's terminal or log; one per run."""
+    """Prints to standard output, a terminal or a log; one a run."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)

@@ -30,7 +30,7 @@ from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
-from kdjax.training.student import student_vocabulary
+from kdjax.training.student import student_vocabulary, tokenizer_path
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Stream:
         config = self.config
         head = self._start_teacher(log) if config.teacher.path is not None else None
         # The engine starts in its own process while the tokenizer and the data are opened here.
-        self.tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path or config.student.path)
+        self.tokenizer = load_tokenizer(tokenizer_path(config))
         if head is not None:
             self.teachers = (Teacher(replace(head, valid=self._shared_ids(head)), head.width, config.teacher.path),)
         self.data = DataStream(
@@ -88,10 +88,13 @@ class Stream:
     def _start_teacher(self, log: Path | None) -> Head:
         """Read the teacher's head, make the pool and launch the engine without waiting for it."""
         config, teacher = self.config, self.config.teacher
-        head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules())
-        dtype = (
-            teacher.dtype if teacher.dtype != "auto" else ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        )
+        dtype = teacher.dtype
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules(), dtype=dtype)
+        limit = model.max_position_embeddings
+        if limit is not None and config.data.max_len > limit:
+            raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
         capacity = config.train.batch_size * config.data.max_len + 64 * self.shards
         self._slots = teacher.lookahead + 2
         self.pool = HiddenPool.create(rows=self._slots * capacity, width=model.hidden_size, dtype=dtype)
@@ -160,9 +163,9 @@ class Stream:
         return batches
 
     def sample(self, count: int) -> list[np.ndarray]:
-        """int32 ids of the first few training documents, to compare two engines on."""
+        """int32 ids of ``count`` usable documents near the start of the training data, to compare two engines on."""
         data = replace(self.config.data, on_bad_row="skip")
-        hosts = eval_batches(data, self.tokenizer, sources=data.train[:1], max_rows=count, **self._shape)
+        hosts = eval_batches(data, self.tokenizer, sources=data.train[:1], max_rows=16 * count, **self._shape)
         return [placed.document.ids for host in hosts for placed in host.documents][:count]
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:

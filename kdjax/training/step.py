@@ -21,7 +21,7 @@ class Step:
     """A jit-compiled training step over a model and an algorithm that it keeps current.
 
     Calling it with a device batch (arrays stacked ``[A, ...]`` over micro-batches) dispatches one update and returns
-    float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``tokens``. The state
+    float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``loss_tokens``. The state
     (float32 masters, optimizer moments, step number) is donated, so it exists once; ``model`` and ``algorithm`` always
     hold the newest parameters.
     """
@@ -126,7 +126,7 @@ def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, f
     updates, opt = optimizer.update(grads, state["opt"], params)
     new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
     metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
-    return new, metrics | {"tokens": batch.mask.sum().astype(jnp.float32)}
+    return new, metrics | {"loss_tokens": batch.mask.sum().astype(jnp.float32)}
 
 
 def _mesh_of(model: nnx.Module) -> Mesh:

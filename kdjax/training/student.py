@@ -18,6 +18,15 @@ def student_vocabulary(config: Config) -> int:
     return ModelConfig.from_folder(resolve(path, weights=False), **changes).vocab_size
 
 
+def tokenizer_path(config: Config) -> str:
+    """Whose tokenizer and chat template the student is trained and exported with.
+
+    A pretrained student keeps its own, so that it is really compared with the teacher's; any other takes the teacher's.
+    """
+    student = config.student.path if config.student.init == "pretrained" else None
+    return config.data.tokenizer or student or config.teacher.path or config.student.path
+
+
 def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules()) -> nnx.Module:
     """Load, draw, or cut out of the teacher the model that ``config.student`` asks for.
 

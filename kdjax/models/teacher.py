@@ -1,0 +1,127 @@
+"""The output head of a teacher, of whatever family: the one tensor that turns its hidden rows into logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from kdjax.errors import UserError
+from kdjax.losses import Head
+from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, resolve
+from kdjax.models.config import read_json
+from kdjax.sharding import Rules
+
+# A vision-language or wrapped model puts its text decoder behind a prefix.
+_PREFIXES = ("", "language_model.", "model.language_model.", "model.")
+_TABLES = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What a run needs to know of a teacher besides its head."""
+
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int | None
+
+
+def teacher_head(
+    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str | None = None
+) -> tuple[Head, TeacherShape]:
+    """Read ``lm_head`` (or the embedding, where they are tied) and nothing else of the model in ``path``.
+
+    Soft-cap (Gemma 2), scale (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``) and bias come along. The
+    family does not matter: the preflight compares the outcome with the engine before anything is trained on it.
+
+    Args:
+        path: Hugging Face folder or hub id with safetensors.
+        mesh: ``tensor`` splits the vocabulary and ``fsdp`` the width; each device reads its own part.
+        dtype: of the head; None keeps the file's.
+
+    Returns the head in Hugging Face's layout [V, E]. Raises UserError where there is no such tensor, where it is
+    quantised, or where its shape is not config.json's.
+    """
+    folder = resolve(path)
+    config = read_json(folder / "config.json")
+    text = {**config, **(config.get("text_config") or {})}
+    try:
+        shape = TeacherShape(text["hidden_size"], text["vocab_size"], text.get("max_position_embeddings"))
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: {error.args[0]} is missing; is it a language model?") from None
+    files = _files(folder)
+    name = _find(files, folder, bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))))
+    wanted = (text["vocab_size"], text["hidden_size"])
+    weight = _read(folder / files[name], name, wanted, mesh, rules or Rules(), dtype)
+    bias_name = name.removesuffix("weight") + "bias"
+    bias = None
+    if name.endswith("lm_head.weight") and bias_name in files:
+        bias = _read(folder / files[bias_name], bias_name, wanted[:1], mesh, rules or Rules(), dtype)
+    return Head(weight, bias, text.get("final_logit_softcapping"), _scale(text), layout="vd"), shape
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Tensor name → file."""
+    if (folder / INDEX).exists():
+        return read_json(folder / INDEX)["weight_map"]
+    if not (folder / SINGLE).exists():
+        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}; the teacher's head is read from safetensors")
+    with _open(folder / SINGLE) as handle:
+        return dict.fromkeys(handle.keys(), SINGLE)
+
+
+def _find(files: Mapping[str, str], folder: Path, tied: bool) -> str:
+    heads = [prefix + "lm_head.weight" for prefix in _PREFIXES]
+    tables = [prefix + table for prefix in _PREFIXES for table in _TABLES]
+    for name in [*tables, *heads] if tied else heads:
+        if name in files:
+            return name
+    what = "tied embedding" if tied else "lm_head.weight"
+    raise UserError(f"{folder}: no {what} among its tensors; the teacher's logits cannot be recomputed without it")
+
+
+def _scale(text: Mapping[str, Any]) -> float:
+    if text.get("logits_scaling"):
+        return 1.0 / float(text["logits_scaling"])
+    return float(text.get("logit_scale") or 1.0)
+
+
+def _read(
+    file: Path, name: str, wanted: tuple[int, ...], mesh: Mesh | None, rules: Rules, dtype: str | None
+) -> jax.Array:
+    with _open(file) as handle:
+        view = handle.get_slice(name)
+        shape, kind = tuple(view.get_shape()), view.get_dtype()
+        if kind not in FILE_DTYPES:
+            raise UserError(f"{file}: {name} is {kind}; the teacher's head must be {', '.join(FILE_DTYPES)}")
+        if shape != wanted:
+            raise UserError(f"{file}: {name} is {shape}, config.json says {wanted}")
+        pieces: dict[Any, np.ndarray] = {}
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            if key not in pieces:
+                pieces[key] = np.array(view[index], dtype=jnp.dtype(dtype) if dtype else None)
+            return pieces[key]
+
+        if mesh is None:
+            return jnp.array(piece(tuple(slice(None) for _ in shape)))
+        where = rules.sharding(mesh, ("vocab", "embed")[: len(shape)], shape)
+        return jax.make_array_from_callback(shape, where, piece).block_until_ready()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file, though {INDEX} names it") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: damaged or cut-off safetensors file ({error}); fetch it again") from None
