@@ -27,15 +27,16 @@ def arrays(student_vocab, teacher_vocab, rows=ROWS, seed=0):
 
 
 def value_and_slopes(name, student_vocab, teacher_vocab, mesh=None):
-    """The objective, its parts, and its gradients in all five arrays (the teacher's too)."""
-    moving, labels, mask = arrays(student_vocab, teacher_vocab)
+    """The objective, its parts, and its gradients in the student's three arrays (for kl the teacher's two too)."""
+    everything, labels, mask = arrays(student_vocab, teacher_vocab)
+    moving, still = (everything, []) if name == "kl" else (everything[:3], everything[3:])
     valid = np.random.default_rng(1).random(min(student_vocab, teacher_vocab)) < 0.9
     valid = np.append(valid, np.zeros(student_vocab - len(valid), bool)) if student_vocab != teacher_vocab else None
 
     @jax.jit
     def run(moving):
         def loss(moving):
-            hidden, weight, bias, teacher_hidden, teacher_weight = moving
+            hidden, weight, bias, teacher_hidden, teacher_weight = [*moving, *still]
             total, count, parts = linear_objective(
                 hidden,
                 Head(weight, bias, soft_cap=9.0, valid=valid),
