@@ -153,8 +153,7 @@ def test_gather_takes_loss_rows_of_each_shard():
 def test_gather_and_its_gradient_stay_on_their_shard():
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
+    from jax.sharding import NamedSharding, PartitionSpec as P
 
     from kdjax.sharding import make_mesh
 

@@ -26,7 +26,6 @@ from kdjax.models import (
     load_model,
     set_from_hf,
 )
-from kdjax.models.checkpoint import Checkpoint
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
 
