@@ -28,7 +28,8 @@ SHAPE = dict(
 
 
 def config(**groups):
-    values = {"student": {"init": "random", "config": SHAPE}, "data": {"train": [{"path": "none.jsonl"}]}}
+    values = {"student": {"init": "random", "config": SHAPE}}
+    values["data"] = {"train": [{"path": "none.jsonl"}], "tokenizer": "none"}
     values["train"] = {"learning_rate": 1e-2, "warmup_ratio": 0.0, "weight_decay": 0.1}
     for name, entries in groups.items():
         values[name] = values.get(name, {}) | entries

@@ -10,9 +10,10 @@ from kdjax.training.sources import to_device
 
 
 def close(a, b, tolerance):
+    """‖a − b‖ ≤ tolerance · ‖a‖ for every parameter. Not entry by entry: where a gradient is nearly zero, Adam makes a
+    whole step of the sign of its last bit."""
     for name in a:
-        scale = max(1e-3, float(np.abs(a[name]).max()))
-        assert np.abs(a[name] - b[name]).max() <= tolerance * scale, name
+        assert np.linalg.norm(a[name] - b[name]) <= tolerance * np.linalg.norm(a[name]), name
 
 
 def test_loss_is_sum_over_all_positions_divided_once():
@@ -45,7 +46,7 @@ def test_accumulating_four_equals_one():
     first, second = run(one, 3), run(four, 3, accumulate=4)
     for a, b in zip(first, second, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    close(parameters(one), parameters(four), 1e-4)
+    close(parameters(one), parameters(four), 1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)], ids=["data", "fsdp", "tensor", "mixed"])
@@ -54,7 +55,7 @@ def test_eight_devices_equal_one(sizes):
     alone, spread = make(), make(sizes, devices)
     for a, b in zip(run(alone, 3), run(spread, 3), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    close(parameters(alone), parameters(spread), 1e-4)
+    close(parameters(alone), parameters(spread), 1e-5)
     # Matrices are split over fsdp × tensor; norms (a few numbers) and what does not divide are on every device.
     whole = sum(x.nbytes for x in jax.tree.leaves(alone.state))
     share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(spread.state))
