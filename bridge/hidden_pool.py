@@ -286,19 +286,20 @@ class Lease:
     counts: tuple[int, ...]
     needs: tuple[int, ...]
 
-    def view(self, shard: int, split: int | None = None) -> DLPackView:
+    def view(self, shard: int, shape: tuple[int, ...] | None = None) -> DLPackView:
         """shard's rows [count, width] for `jax.dlpack.from_dlpack(view, copy=False)`, without a copy
 
-        With `split` (micro-batches) the shape is [split, count / split, width]. What views the rows must be done before
-        `release`. Raises ValueError once released.
+        With `shape` the first rows of them as [*shape, width]. What views the rows must be done before `release`.
+        Raises ValueError once released, and for a shape that holds more rows than the lease.
         """
         if self.serial not in self.pool._leases:
             raise ValueError(f"lease {self.serial} is released: its rows may be another's")
         spec = self.pool.spec
         address = self.pool._address + self.starts[shard] * spec.row_bytes
-        count = self.counts[shard]
-        shape = (count, spec.width) if split is None else (split, count // split, spec.width)
-        return DLPackView(self.pool._memory, address, shape, spec.dtype)
+        shape = (self.counts[shard],) if shape is None else shape
+        if math.prod(shape) > self.counts[shard]:
+            raise ValueError(f"a view of {shape} rows on a lease of {self.counts[shard]}")
+        return DLPackView(self.pool._memory, address, (*shape, spec.width), spec.dtype)
 
     def release(self) -> None:
         """give the rows back; a second time raises ValueError"""

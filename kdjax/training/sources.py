@@ -95,9 +95,11 @@ class Stream:
         limit = model.max_position_embeddings
         if limit is not None and config.data.max_len > limit:
             raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
-        capacity = config.train.batch_size * config.data.max_len + 64 * self.shards
+        # A slot holds a batch in which every position carries loss; 64 rows are enough to align the next one.
+        self._slot_rows = config.train.batch_size * config.data.max_len // self.shards
         self._slots = teacher.lookahead + 2
-        self.pool = HiddenPool.create(rows=self._slots * capacity, width=model.hidden_size, dtype=dtype)
+        room = self._slots * self.shards * (self._slot_rows + 64)
+        self.pool = HiddenPool.create(rows=room, width=model.hidden_size, dtype=dtype)
         self._exit.callback(self.pool.close)
         self._engine = start_engine(
             teacher.path,
@@ -185,7 +187,7 @@ class Stream:
         for device, index in sharding.addressable_devices_indices_map(total).items():
             shard = (index[1].start or 0) // rows
             if shard not in views:
-                views[shard] = jax.dlpack.from_dlpack(lease.view(shard, micro), copy=False)
+                views[shard] = jax.dlpack.from_dlpack(lease.view(shard, (micro, rows)), copy=False)
             view = views[shard]
             piece = view if view.device == device else jax.device_put(view, device)
             pieces.append(jax.numpy.array(piece, copy=True) if copy and piece is view else piece)
@@ -202,7 +204,8 @@ class Stream:
             return None, {}
         micro, shards, rows = host.batch.rows.shape
         self._reclaim()
-        lease = self.pool.lease([micro * rows] * shards, timeout=self.config.teacher.timeout)
+        # Always a whole slot, however many rows this batch needs: runs of one length leave no gaps that fit nothing.
+        lease = self.pool.lease([self._slot_rows] * shards, timeout=self.config.teacher.timeout)
         start = time.perf_counter()
         try:
             self._engine.prefill(

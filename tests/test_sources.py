@@ -1,0 +1,41 @@
+"""Streams of batches: what the teacher wrote is where the step reads it, and slots are reused without end."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax.config import from_dict
+from kdjax.training.sources import Stream
+
+pytestmark = pytest.mark.usefixtures("devices_as_asked")
+
+
+def test_rows_arrive_aliased_and_slots_are_reused(run_values, tmp_path):
+    """Forty batches of very different sizes through three slots; each row is the teacher's for its token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bridge.sglang_platform import mend_torchvision
+
+    mend_torchvision()
+    run_values["train"] |= {"batch_size": 2, "steps": 40}
+    run_values["data"] |= {"packing": False, "max_len": 512}  # one document a row: loss rows vary most
+    reference = AutoModelForCausalLM.from_pretrained(run_values["teacher"]["path"], dtype=torch.float32).model.eval()
+    sizes = set()
+    with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
+        low = stream.pool._address
+        for number in range(40):
+            batch = next(stream)
+            hidden = batch.arrays.teacher_hidden[0]
+            sizes.add(hidden.shape[1])
+            pointer = hidden.addressable_shards[0].data.unsafe_buffer_pointer()
+            assert low <= pointer < low + stream.pool.spec.bytes
+            if number % 13 == 0:
+                placed = batch.host.documents[-1]
+                with torch.no_grad():
+                    ids = torch.tensor(placed.document.ids[None].astype(np.int64))
+                    expected = reference(ids).last_hidden_state[0].numpy()[placed.document.loss_rows]
+                got = np.array(hidden[placed.micro])[placed.offset :][: len(expected)]
+                assert np.abs(got - expected).max() < 1e-4
+            batch.release_after(jnp.zeros(()))
+    assert len(sizes) > 1
