@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
 
 def test_rows_arrive_aliased_and_slots_are_reused(run_values, tmp_path):
-    """Forty batches of very different sizes through three slots; each row is the teacher's for its token."""
+    """Forty batches of very different sizes through three slots; a row is the teacher's own for its token."""
     import torch
     from transformers import AutoModelForCausalLM
 
