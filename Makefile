@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check -q install
+PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 
 .PHONY: setup quickstart teacher test test-full bench lint clean
