@@ -49,6 +49,13 @@ _REGISTRY = Registry("algorithm", "distill.algorithm")
 register_algorithm: Callable[[str], Callable[[type], type]] = _REGISTRY.register
 
 
+def objective_options(config: Config) -> dict[str, Any]:
+    """What ``distill`` says of the objective, as keywords of ``linear_objective``."""
+    distill = config.distill
+    options = dict(divergence=distill.loss, kd_ratio=distill.kd_ratio, temperature=distill.temperature)
+    return options | dict(distill.loss_args)
+
+
 def check_names(config: Config) -> None:
     """Refuse an unknown algorithm or divergence, or parameters it does not take, before anything is loaded.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdjax.algorithms.base import Frozen, Teacher, Term, register_algorithm
+from kdjax.algorithms.base import Frozen, Teacher, Term, objective_options, register_algorithm
 from kdjax.config import Config
 from kdjax.data.batch import Batch
 from kdjax.errors import UserError
@@ -34,14 +34,7 @@ class Feature(nnx.Module):
         draw = jax.random.normal(rngs.params(), (width, teachers[0].hidden_size)) * width**-0.5
         self.projection = nnx.Param(draw)
         self.head = Frozen(teachers[0].head)
-        self.options = nnx.static(
-            dict(
-                divergence=config.distill.loss,
-                kd_ratio=config.distill.kd_ratio,
-                temperature=config.distill.temperature,
-                **config.distill.loss_args,
-            )
-        )
+        self.options = nnx.static(objective_options(config))
 
     def __call__(self, student: nnx.Module, batch: Batch) -> dict[str, Term]:
         last, (inner,) = student(batch.tokens, batch.positions, batch.segment_ids, hidden_layers=(self.layer,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax import nnx
 
-from kdjax.algorithms.base import Frozen, Teacher, Term, register_algorithm
+from kdjax.algorithms.base import Frozen, Teacher, Term, objective_options, register_algorithm
 from kdjax.config import Config
 from kdjax.data.batch import Batch
 from kdjax.losses import linear_objective
@@ -19,14 +19,7 @@ class Vanilla(nnx.Module):
 
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
         self.head = Frozen(teachers[0].head)
-        self.options = nnx.static(
-            dict(
-                divergence=config.distill.loss,
-                kd_ratio=config.distill.kd_ratio,
-                temperature=config.distill.temperature,
-                **config.distill.loss_args,
-            )
-        )
+        self.options = nnx.static(objective_options(config))
 
     def __call__(self, student: nnx.Module, batch: Batch) -> dict[str, Term]:
         hidden = batch.gather(student(batch.tokens, batch.positions, batch.segment_ids))
