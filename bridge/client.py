@@ -68,7 +68,7 @@ def start_engine(
         kind=kind,
         model=str(folder),
         dtype=dtype or (facts.dtype if pool is None else pool.spec.dtype),
-        device=_device() if device == "auto" else device,
+        device=default_device() if device == "auto" else device,
         pool=None if pool is None else pool.spec,
         banned_ids=tuple(int(i) for i in banned_ids),
         threads=threads,
@@ -351,7 +351,7 @@ def _checked(prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
     return list(prompts)
 
 
-def _device() -> str:
+def default_device() -> str:
     """cuda where the NVIDIA driver answers, else cpu; asked without loading torch here"""
     found = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
     return "cuda" if found else "cpu"

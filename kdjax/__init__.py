@@ -16,6 +16,7 @@ from kdjax.losses import (
     register_divergence,
 )
 from kdjax.models import export_hf, load_model
+from kdjax.rewards import find_reward, register_reward
 from kdjax.sharding import Rules, make_mesh
 from kdjax.training.evaluation import Evaluator
 from kdjax.training.loop import Result, train
@@ -39,6 +40,7 @@ __all__ = [
     "UserError",
     "divergence",
     "export_hf",
+    "find_reward",
     "linear_divergence",
     "linear_objective",
     "linear_statistics",
@@ -52,6 +54,7 @@ __all__ = [
     "make_student",
     "register_algorithm",
     "register_divergence",
+    "register_reward",
     "stream",
     "train",
 ]

@@ -96,8 +96,8 @@ class TeacherConfig:
 class SourceConfig:
     path: str
     """A file (jsonl, json, csv, parquet, arrow), a saved dataset folder, or a hub id."""
-    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_response", "text"] = "auto"
-    """How a row is read; `auto` decides by its columns."""
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_response", "prompt", "text"] = "auto"
+    """How a row is read; `auto` decides by its columns. `prompt` has no response: something for a model to answer."""
     split: str | None = None
     """Split of a dataset folder or hub id."""
     weight: float | None = Field(None, gt=0)
@@ -220,6 +220,40 @@ class TrainConfig:
 
 
 @group
+class GenerateConfig:
+    out: str | None = None
+    """JSON lines file that `kdjax.generate` writes; none means generated.jsonl in the output folder."""
+    samples: int = Field(1, ge=1)
+    """Answers to each prompt."""
+    temperature: float | None = Field(None, ge=0)
+    """Of sampling; 0 is greedy. None is 1 when a data set is written and 0 when a task is evaluated."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most likely ids that together reach this probability."""
+    top_k: int = Field(0, ge=0)
+    """Sample from so many most likely ids; 0 from all."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Tokens of an answer at most."""
+    prompt_max_len: int | None = Field(None, ge=1)
+    """Longer prompts are left out and counted; none: what the model's positions leave beside the answer."""
+    seed: int = Field(0, ge=0)
+    """Decides the samples, where the engine repeats itself exactly."""
+    batch_size: int = Field(256, ge=1)
+    """Prompts that the engine has at a time; what is answered is saved after each such batch."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds that one batch may take."""
+    keep_unfinished: bool = False
+    """Keep answers that were cut at max_new_tokens."""
+    min_tokens: int = Field(1, ge=1)
+    """Shorter answers are dropped."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longer answers are dropped."""
+    judge: str | None = None
+    """Registered reward, or `path/my.py:function`, that every answer gets."""
+    min_reward: float = 1.0
+    """With a judge: answers that it gives less are dropped."""
+
+
+@group
 class MeshConfig:
     data: int = Field(-1, ge=-1)
     """Data-parallel size; -1 takes the devices that are left."""
@@ -266,6 +300,7 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    generate: GenerateConfig = Field(default_factory=GenerateConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
@@ -273,7 +308,12 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data.train:
             raise ValueError("data.train is empty: name at least one source, as in data.train: [{path: rows.jsonl}]")
-        if self.student.path is None and self.student.init != "layers" and not self.student.config:
+        if (
+            self.student.path is None
+            and self.student.init != "layers"
+            and not self.student.config
+            and not self.teacher.path
+        ):
             raise ValueError("student.path is missing: a Hugging Face folder or hub id")
         if self.data.tokenizer is None and self.student.path is None and self.teacher.path is None:
             raise ValueError("data.tokenizer is missing: neither a student.path nor a teacher.path brings one")

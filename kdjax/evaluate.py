@@ -1,7 +1,8 @@
-"""``python -m kdjax.evaluate --config run.yaml [--model FOLDER]``: held-out numbers, alone and against a teacher.
+"""``python -m kdjax.evaluate --config run.yaml [--model FOLDER] [--task REWARD]``: held-out numbers of a model.
 
 The configuration says data, teacher and mesh as for training; ``--model`` is any Hugging Face folder or hub id, by
-default the run's own export.
+default the run's own export. With ``--task`` the model answers the held-out prompts and a reward scores the answers;
+without, its probabilities are measured, alone and against the teacher.
 """
 
 from __future__ import annotations
@@ -45,12 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdjax.evaluate", description=__doc__)
     parser.add_argument("--config", metavar="FILE", required=True, help="configuration of the run")
     parser.add_argument("--model", metavar="FOLDER", help="what to evaluate (default: OUTPUT/export)")
+    parser.add_argument("--task", metavar="REWARD", help="score answers: gsm8k, exact_match, format or my.py:function")
+    parser.add_argument("--out", metavar="FILE", help="with --task: where the answers go (default: OUTPUT/answers/…)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace single values")
     arguments = parser.parse_args(argv)
 
     def command() -> None:
         config = load_config(arguments.config, arguments.overrides)
-        print(json.dumps(evaluate(config, arguments.model or f"{config.output}/export"), indent=2))
+        model = arguments.model or f"{config.output}/export"
+        if arguments.task is None:
+            values = evaluate(config, model)
+        else:
+            from kdjax.tasks import evaluate_task
+
+            values = evaluate_task(config, model, arguments.task, arguments.out)
+        print(json.dumps(values, indent=2))
 
     return guarded(command)
 

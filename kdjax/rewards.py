@@ -22,9 +22,7 @@ register_reward: Callable[[str], Callable[[Reward], Reward]] = _REGISTRY.registe
 """A decorator that registers a function as ``name``; raises ValueError when another function has the name."""
 
 # Commas part whole groups of three. What goes on like a number (1,23 or 3/4 or 1.2.3) is not one, so it has no value.
-_NUMBER = re.compile(
-    r"[$€£]?\s*([-+\u2212]?)\s*[$€£]?\s*(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d+)?(?![\d,./:]*\d)"
-)
+_NUMBER = re.compile(r"[$€£]?\s*([-+\u2212]?)\s*[$€£]?\s*(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d+)?(?![\d,./:]*\d)")
 _MARK = "####"
 
 

@@ -1,4 +1,4 @@
-"""what a row says: chat messages, ShareGPT, Alpaca, prompt and response, or plain text, brought to one form."""
+"""what a row says: chat messages, ShareGPT, Alpaca, prompt and response, a prompt alone, or plain text, as one form."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class RowReader:
             return Example(text=_text(row, self.text_key))
         messages = {
             "chat": self._chat, "sharegpt": self._chat, "alpaca": self._alpaca, "prompt_response": self._pair,
+            "prompt": self._prompt,
         }[self.format](row)  # fmt: skip
         teacher = None
         if self.teacher_input_key is not None:
@@ -79,6 +80,9 @@ class RowReader:
         if isinstance(answer, str):
             return (*prompt, {"role": "assistant", "content": answer})
         return (*prompt, *_messages(answer, self.response_key, string=False))
+
+    def _prompt(self, row: Row) -> tuple[Message, ...]:
+        return _messages(_column(row, self.prompt_key), self.prompt_key)
 
     def _alpaca(self, row: Row) -> tuple[Message, ...]:
         prompt, extra = _text(row, "instruction"), row.get("input") or ""
@@ -110,6 +114,7 @@ def choose_reader(config: Any, columns: Sequence[str], where: str, *, system: st
         "prompt_response": (keys["prompt_key"], keys["response_key"]),
         "alpaca": ("instruction", "output"),
         "text": (keys["text_key"],),
+        "prompt": (keys["prompt_key"],),
     }
     chosen, found = config.format, ", ".join(map(str, columns)) or "none"
     if chosen == "auto":

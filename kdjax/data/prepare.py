@@ -94,21 +94,31 @@ def open_sources(
     sources: Sequence[Any], data: Any, tokenizer: Any, *, max_len: int, vocab_size: int | None, seed: int
 ) -> list[grain.MapDataset]:
     """Each source as a grain dataset of Prepared rows, in file order. Raises UserError for one that cannot be read."""
-    encoder = Encoder(
+    encoder = make_encoder(data, tokenizer)
+    opened = []
+    for source in sources:
+        rows, reader = open_source(source, data)
+        prepare = Prepare(rows, reader, encoder, data, max_len, vocab_size)
+        opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(prepare))
+    return opened
+
+
+def open_source(source: Any, data: Any) -> tuple[Rows, RowReader]:
+    """The rows of one source and what reads them. Raises UserError when it cannot be read."""
+    rows = open_rows(source.path, source.split)
+    if source.max_samples is not None:
+        rows = RowRange(rows, 0, source.max_samples)
+    return rows, choose_reader(source, _columns(rows, source.path, data.on_bad_row), source.path, system=data.system)
+
+
+def make_encoder(data: Any, tokenizer: Any) -> Encoder:
+    """What turns conversations into ids as the ``data`` group says. Raises UserError for an unreadable template."""
+    return Encoder(
         tokenizer,
         chat_template=None if data.chat_template is None else _read_template(data.chat_template),
         template_args=data.template_args,
         train_on=data.train_on,
     )
-    opened = []
-    for source in sources:
-        rows = open_rows(source.path, source.split)
-        if source.max_samples is not None:
-            rows = RowRange(rows, 0, source.max_samples)
-        reader = choose_reader(source, _columns(rows, source.path, data.on_bad_row), source.path, system=data.system)
-        prepare = Prepare(rows, reader, encoder, data, max_len, vocab_size)
-        opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(prepare))
-    return opened
 
 
 def _columns(rows: Rows, path: str, on_bad_row: str) -> list[str]:

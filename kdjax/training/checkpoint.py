@@ -12,22 +12,29 @@ from kdjax.config import CheckpointConfig, Config, to_dict
 from kdjax.errors import UserError
 
 # What may differ between the run that saved and the run that goes on: where things go, not what is computed.
-_FREE = {"output", "overwrite", "log", "checkpoint", "mesh", "train.eval_every", "train.eval_rows", "data.workers"} | {
-    f"teacher.{key}"
-    for key in (
-        "engine",
-        "tp",
-        "pp",
-        "ep",
-        "mem_fraction",
-        "args",
-        "threads",
-        "lookahead",
-        "start_timeout",
-        "timeout",
-        "preflight",
-    )
-}
+_FREE = (
+    {"output", "overwrite", "log", "checkpoint", "mesh", "generate", "data.workers"}
+    | {
+        "train.eval_every",
+        "train.eval_rows",
+    }
+    | {
+        f"teacher.{key}"
+        for key in (
+            "engine",
+            "tp",
+            "pp",
+            "ep",
+            "mem_fraction",
+            "args",
+            "threads",
+            "lookahead",
+            "start_timeout",
+            "timeout",
+            "preflight",
+        )
+    }
+)
 
 
 class Checkpoints:

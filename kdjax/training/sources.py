@@ -109,7 +109,7 @@ class Stream:
             threads=teacher.threads,
             start_timeout=teacher.start_timeout,
             call_timeout=teacher.timeout,
-            options=_engine_options(config),
+            options=engine_options(config),
             wait=False,
         )
         self._exit.callback(self._engine.close)
@@ -257,7 +257,7 @@ def stream(config: Config, mesh: Mesh | None = None, *, log: Path | None = None)
     return Stream(config, mesh, log=log)
 
 
-def _engine_options(config: Config) -> dict[str, Any]:
+def engine_options(config: Config) -> dict[str, Any]:
     """SGLang's server arguments that have keys of their own, then the user's; plain transformers has none."""
     teacher = config.teacher
     if teacher.engine != "sglang":

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kdjax.config import Config
+from kdjax.errors import UserError
 from kdjax.models import ModelConfig, load_model, resolve
 from kdjax.sharding import Rules
 
@@ -50,4 +51,6 @@ def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules(
 
 def _path(config: Config) -> str | None:
     student = config.student
+    if student.path is None and student.init != "layers" and not student.config:
+        raise UserError("student.path is missing: a Hugging Face folder or hub id")
     return config.teacher.path if student.init == "layers" and student.path is None else student.path

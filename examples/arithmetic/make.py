@@ -1,0 +1,111 @@
+"""make the arithmetic task: sums of three to five numbers, worked out one addition at a time, and their tokenizer.
+
+    python examples/arithmetic/make.py                    # rewrites train.jsonl, eval.jsonl and tokenizer/ beside it
+    python examples/arithmetic/make.py --teacher 60000    # and runs/arithmetic/teacher.jsonl, to train the teacher on
+
+    prompt    37+58+46
+    response  37+58=95
+              95+46=141
+              #### 141
+
+No prompt stands in two files. The seed decides everything, so the teacher's rows need not be shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+TEACHER_ROWS = HERE.parent.parent / "runs" / "arithmetic" / "teacher.jsonl"
+
+PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
+SPECIALS = [PAD, UNKNOWN, END, "<|system|>", "<|user|>", "<|assistant|>"]
+CHARACTERS = ["\n", *map(chr, range(ord(" "), ord("~") + 1))]
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + '<|end|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+
+
+def solve(numbers: list[int]) -> str:
+    """every partial sum on a line of its own, then the answer behind ####"""
+    lines, total = [], numbers[0]
+    for number in numbers[1:]:
+        lines.append(f"{total}+{number}={total + number}")
+        total += number
+    return "\n".join([*lines, f"#### {total}"])
+
+
+def problems(seed: int) -> Iterator[dict[str, str]]:
+    """distinct rows without end"""
+    draw, seen = random.Random(seed), set()
+    while True:
+        numbers = [draw.randint(10, 99) for _ in range(draw.randint(3, 5))]
+        prompt = "+".join(map(str, numbers))
+        if prompt not in seen:
+            seen.add(prompt)
+            yield {"prompt": prompt, "response": solve(numbers)}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """one token a character of printable ASCII; the chat template marks what the assistant says"""
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *CHARACTERS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(SPECIALS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=2000, help="rows that students learn from (default 2000)")
+    parser.add_argument("--eval", type=int, default=1000, help="held-out rows (default 1000)")
+    parser.add_argument("--teacher", type=int, default=0, help="rows that the teacher learns from, written to runs/")
+    parser.add_argument("--out", type=Path, default=HERE)
+    arguments = parser.parse_args()
+    rows = problems(arguments.seed)
+    write_rows(arguments.out / "eval.jsonl", (next(rows) for _ in range(arguments.eval)))
+    write_rows(arguments.out / "train.jsonl", (next(rows) for _ in range(arguments.train)))
+    if arguments.teacher:
+        write_rows(TEACHER_ROWS, (next(rows) for _ in range(arguments.teacher)))
+    tokenizer().save_pretrained(arguments.out / "tokenizer")
+    # transformers 5 writes a class name that transformers 4 does not know; both know this one
+    path = arguments.out / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
