@@ -1,10 +1,11 @@
 """What distillation gains over fine-tuning the same student: the README's table, over several seeds.
 
-    python -m benchmarks.quickstart                        # about an hour on two cores
+    python -m benchmarks.quickstart                        # two hours on two cores
     python -m benchmarks.quickstart --only-table           # write the table anew from the committed results
 
-Each seed trains the quickstart's student four times: with its teacher; by supervised fine-tuning (SFT) for as many
-steps; by SFT for as many seconds; and by SFT for ``LONG`` times as many steps, of which the best evaluation counts.
+First the seconds of a step are measured, with and without a teacher in turn. Then each seed trains the quickstart's
+student with its teacher and by supervised fine-tuning (SFT): for as many steps, for as many seconds, and both for
+``LONG`` times the steps, where of SFT the best evaluation counts and of distillation the last.
 """
 
 from __future__ import annotations
@@ -27,61 +28,75 @@ RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 README = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
-LONG = 4
+LONG = 3
+TIMED_STEPS, TIMED_RUNS = 40, 2
 
 
-def run(name: str, seed: int, steps: int, *overrides: str) -> dict[str, Any]:
-    """Train and return the held-out numbers by step and the seconds that training took, evaluation not counted."""
+def run(name: str, seed: int, steps: int, *overrides: str) -> list[dict[str, Any]]:
+    """Train and return the run's metrics."""
     out = ROOT / "runs" / "benchmark" / f"{name}-{seed}"
     command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), f"output={out}", "overwrite=true"]
-    command += [f"train.seed={seed}", f"train.steps={steps}", *overrides]
+    command += [f"train.seed={seed}", f"train.steps={steps}", "checkpoint.check_export=false", *overrides]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_seconds() -> dict[str, list[float]]:
+    """Seconds of a step, evaluation not counted, of each short run: distillation and SFT take turns."""
+    seconds: dict[str, list[float]] = {"kd": [], "sft": []}
+    for _ in range(TIMED_RUNS):
+        for name, overrides in (("kd", ()), ("sft", SFT)):
+            records = run(f"timed-{name}", 0, TIMED_STEPS, "train.eval_every=null", "train.eval_rows=4", *overrides)
+            timed = [r["seconds/step"] for r in records if "seconds/step" in r]
+            seconds[name].append(mean(timed[1:]))  # the first interval holds the warm-up
+            print(f"{name}: {seconds[name][-1]:.3f} s a step", flush=True)
+    return seconds
+
+
+def held_out(name: str, seed: int, steps: int, *overrides: str) -> dict[str, Any]:
+    """The last and the best held-out numbers of a run."""
     evaluations = {
         r["step"]: {k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/")}
-        for r in records
+        for r in run(name, seed, steps, *overrides)
         if "eval/ce" in r
     }
-    timed = [r for r in records if "seconds/step" in r]
-    every = timed[1]["step"] - timed[0]["step"]
-    seconds = mean(r["seconds/step"] for r in timed[1:]) * steps  # the first interval holds the warm-up
     best = min(evaluations, key=lambda step: evaluations[step]["ce"])
-    result = dict(
-        steps=steps, seconds=seconds, final=evaluations[steps], best_step=best, best=evaluations[best], every=every
-    )
     print(
-        f"{name} seed {seed}: {steps} steps in {seconds:.0f} s, ce {evaluations[steps]['ce']:.4f}, "
+        f"{name} seed {seed}: ce {evaluations[steps]['ce']:.4f} after {steps} steps, "
         f"best {evaluations[best]['ce']:.4f} at {best}",
         flush=True,
     )
-    return result
+    return dict(steps=steps, final=evaluations[steps], best_step=best, best=evaluations[best])
 
 
 def measure(seeds: list[int]) -> dict[str, Any]:
     steps = yaml.safe_load(CONFIG.read_text())["train"]["steps"]
-    runs: dict[str, list] = {"kd": [], "sft_steps": [], "sft_seconds": [], "sft_best": []}
+    timed = step_seconds()
+    longer = round(steps * mean(timed["kd"]) / mean(timed["sft"]))
+    often = f"train.eval_every={steps // 2}"
+    runs: dict[str, list] = {"kd": [], "sft_steps": [], "sft_seconds": [], "kd_long": [], "sft_long": []}
     for seed in seeds:
-        kd = run("kd", seed, steps)
-        same = run("sft_steps", seed, steps, *SFT)
-        longer = round(steps * kd["seconds"] / same["seconds"])
-        runs["kd"].append(kd)
-        runs["sft_steps"].append(same)
-        runs["sft_seconds"].append(run("sft_seconds", seed, longer, *SFT))
-        runs["sft_best"].append(run("sft_best", seed, LONG * steps, *SFT, f"train.eval_every={steps // 4}"))
-    return {"seeds": seeds, "runs": runs}
+        runs["kd"].append(held_out("kd", seed, steps))
+        runs["sft_steps"].append(held_out("sft_steps", seed, steps, *SFT))
+        runs["sft_seconds"].append(held_out("sft_seconds", seed, longer, *SFT))
+        runs["kd_long"].append(held_out("kd_long", seed, LONG * steps, often))
+        runs["sft_long"].append(held_out("sft_long", seed, LONG * steps, often, *SFT))
+    return {"seeds": seeds, "step_seconds": timed, "runs": runs}
 
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table of means ± standard deviations over the seeds."""
     runs = result["runs"]
+    step = {name: mean(each) for name, each in result["step_seconds"].items()}
 
-    def row(name: str, entries: list[dict], which: str) -> str:
+    def row(title: str, name: str, which: str = "final") -> str:
+        entries = runs[name]
         ce = [e[which]["ce"] for e in entries]
         accuracy = [e[which]["accuracy"] for e in entries]
         spread = f" ± {stdev(ce):.3f}" if len(ce) > 1 else ""
         steps = mean(e["best_step"] if which == "best" else e["steps"] for e in entries)
-        seconds = mean(e["seconds"] * (e["best_step"] / e["steps"] if which == "best" else 1) for e in entries)
-        return f"| {name} | {steps:.0f} | {seconds:.0f} s | {mean(ce):.3f}{spread} | {100 * mean(accuracy):.1f} % |"
+        seconds = steps * step[name.partition("_")[0]]
+        return f"| {title} | {steps:.0f} | {seconds:.0f} s | {mean(ce):.3f}{spread} | {100 * mean(accuracy):.1f} % |"
 
     teacher = runs["kd"][0]["final"]
     machine = result["machine"]
@@ -90,13 +105,15 @@ def table(result: dict[str, Any]) -> str:
             "| | steps | training | held-out cross-entropy (nats a token) | next token right |",
             "|---|---|---|---|---|",
             f"| teacher, 5.8 M parameters | | | {teacher['teacher_ce']:.3f} | |",
-            row("**student, 1.3 M, distilled**", runs["kd"], "final"),
-            row("student, SFT, equal steps", runs["sft_steps"], "final"),
-            row("student, SFT, equal seconds", runs["sft_seconds"], "final"),
-            row(f"student, SFT, its best evaluation in {LONG}× the steps", runs["sft_best"], "best"),
+            row("**student, 1.3 M, distilled**", "kd"),
+            row("student, SFT, equal steps", "sft_steps"),
+            row("student, SFT, equal seconds", "sft_seconds"),
+            row(f"**student, distilled, {LONG}× the steps**", "kd_long"),
+            row(f"student, SFT, its best evaluation in {LONG}× the steps", "sft_long", "best"),
             "",
             f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; {machine['cpu']}, "
-            f"{machine['cores']} cores.",
+            f"{machine['cores']} cores. Every number: [benchmarks/results/quickstart.json]"
+            "(benchmarks/results/quickstart.json).",
         ]
     )
 
