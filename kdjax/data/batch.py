@@ -135,11 +135,11 @@ def bucket(count: int, capacity: int, known: Collection[int] = ()) -> int:
     """The static number of loss rows for ``count`` of at most ``capacity``.
 
     The smallest of the ``known`` sizes that is large enough, since a step for it is compiled already; else the next
-    multiple of an eighth of the capacity.
+    multiple of an eighth of the capacity that leaves room for batches with an eighth more.
     """
     step = -(-capacity // BUCKETS)
     fitting = [size for size in known if count <= size <= capacity]
-    return min(fitting) if fitting else min(capacity, max(1, -(-count // step)) * step)
+    return min(fitting) if fitting else min(capacity, max(1, -(-(count + count // 8) // step)) * step)
 
 
 def collate(
