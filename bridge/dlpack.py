@@ -11,7 +11,7 @@ ALIGNMENT = 64  # JAX copies memory that starts anywhere else
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _TYPE_CODES = {"float32": 2, "bfloat16": 4}  # kDLFloat, kDLBfloat
-_CPU = (1, 0)  # kDLCPU
+CPU, CUDA = 1, 2  # kDLCPU, kDLCUDA
 _FRESH = b"dltensor"  # a consumer that takes the tensor over renames the capsule
 
 
@@ -40,7 +40,8 @@ _held: dict[int, tuple] = {}
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _delete(address: int) -> None:
-    _held.pop(address, None)
+    if _held is not None:  # an array that outlives the interpreter's modules
+        _held.pop(address, None)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -60,28 +61,34 @@ _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_cha
 
 
 class DLPackView:
-    """A dense row-major array at `address` that belongs to `owner`. Each importer gets a capsule of its own."""
+    """A dense row-major array at `address` that belongs to `owner`. Each importer gets a capsule of its own.
 
-    def __init__(self, owner: object, address: int, shape: tuple[int, ...], dtype: str):
+    device: DLPack's type and number of the device that views it. Any of JAX's CPU devices may view host memory.
+    """
+
+    def __init__(
+        self, owner: object, address: int, shape: tuple[int, ...], dtype: str, device: tuple[int, int] = (CPU, 0)
+    ):
         """raises ValueError where `address` is not 64-byte aligned: an importer would copy instead of viewing"""
         if address % ALIGNMENT:
             raise ValueError(
                 f"memory at {address:#x} is {address % ALIGNMENT} bytes past a {ALIGNMENT}-byte boundary and could "
                 f"only be copied: take the rows from HiddenPool.lease, which aligns them"
             )
-        self.owner, self.address, self.shape, self.dtype = owner, address, shape, dtype
+        self.owner, self.address, self.shape, self.dtype, self.device = owner, address, shape, dtype, device
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _CPU
+        return self.device
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None) -> object:
-        if copy or (dl_device is not None and tuple(dl_device) != _CPU):
+        # No stream has to wait: whoever wrote the memory said so only once it was written.
+        if copy or (dl_device is not None and tuple(dl_device) != self.device):
             raise BufferError("this memory is viewed where it lies: no copy and no other device")
         rank = len(self.shape)
         shape = (ctypes.c_int64 * rank)(*self.shape)
         strides = (ctypes.c_int64 * rank)(*(math.prod(self.shape[axis + 1 :]) for axis in range(rank)))
         tensor = _Tensor(
-            self.address, *_CPU, rank, _TYPE_CODES[self.dtype], 8 * ITEM_BYTES[self.dtype], 1, shape, strides, 0
+            self.address, *self.device, rank, _TYPE_CODES[self.dtype], 8 * ITEM_BYTES[self.dtype], 1, shape, strides, 0
         )
         managed = _Managed(tensor, None, ctypes.cast(_delete, ctypes.c_void_p))
         address = ctypes.addressof(managed)

@@ -1,10 +1,14 @@
 """Hidden rows in shared memory: the trainer owns the pool and leases rows, engines write them, arrays view them.
 
-The pool is one file in /dev/shm: `rows` rows of `width` numbers, then one byte a row, its *stamp*, that an engine sets
-when it has written the row. A lease is taken, the engine writes, JAX views the rows without a copy, the step that read
-them finishes, the lease goes back. A pool that is full makes the producer wait, first come first served; a leased row
-is never given away. The owner holds a lock on the file for as long as it lives, so what a killed process left behind
-is told apart from what is in use, in other containers too, and removed when the next pool is made.
+On a CPU the pool is one file in /dev/shm: `rows` rows of `width` numbers, then one byte a row, its *stamp*, that an
+engine sets when it has written the row. On GPUs the file holds the stamps alone, and the rows lie in plain allocations
+that engines open by CUDA IPC: the pool has a *part* for each data shard, and a part has a copy, or several, on the GPUs
+that train on that shard. Rows are numbered through all parts.
+
+A lease is taken, the engine writes, JAX views the rows without a copy, the step that read them finishes, the lease goes
+back. A pool that is full makes the producer wait, first come first served; a leased row is never given away. The owner
+holds a lock on the file for as long as it lives, so what a killed process left behind is told apart from what is in
+use, in other containers too, and removed when the next pool is made.
 """
 
 import fcntl
@@ -16,13 +20,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bridge.dlpack import ALIGNMENT, ITEM_BYTES, DLPackView
+from bridge.cuda import Allocation, gpus
+from bridge.dlpack import ALIGNMENT, CPU, CUDA, ITEM_BYTES, DLPackView
 from bridge.errors import EngineError
 
 SHARED = Path("/dev/shm")
@@ -30,26 +36,54 @@ PREFIX = "kdjax-"
 
 
 @dataclass(frozen=True)
+class Block:
+    """One part of a pool on one GPU: which part, the GPU's UUID, and the allocation's CUDA IPC handle."""
+
+    part: int
+    gpu: str
+    handle: str
+    """hexadecimal"""
+
+
+@dataclass(frozen=True)
 class PoolSpec:
-    """Where a pool lies and what it holds: all that another process needs to map it."""
+    """Where a pool lies and what it holds: all that another process needs to map it. Without blocks: in the file."""
 
     path: str
     rows: int
     width: int
     dtype: str
+    parts: int = 1
+    blocks: tuple[Block, ...] = ()
 
     @property
     def row_bytes(self) -> int:
         return self.width * ITEM_BYTES[self.dtype]
 
     @property
+    def part_rows(self) -> int:
+        """rows of each part: part k has rows `k * part_rows` and following"""
+        return self.rows // self.parts
+
+    @property
+    def copies(self) -> int:
+        """on how many GPUs each part lies; every copy has stamps of its own"""
+        return max(1, len(self.blocks) // self.parts)
+
+    @property
     def stamps_at(self) -> int:
-        """byte offset of the stamps, uint8 [rows]"""
-        return self.rows * self.row_bytes
+        """byte offset of the stamps in the file, uint8 [copies, rows]"""
+        return 0 if self.blocks else self.rows * self.row_bytes
 
     @property
     def bytes(self) -> int:
-        return self.stamps_at + self.rows
+        """size of the file"""
+        return self.stamps_at + self.copies * self.rows
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "PoolSpec":
+        """from the plain values that `dataclasses.asdict` makes of one"""
+        return cls(**{**fields, "blocks": tuple(Block(**block) for block in fields["blocks"])})
 
     def map(self) -> mmap.mmap:
         """map the segment for reading and writing; it stays mapped for as long as anything refers to the result"""
@@ -126,13 +160,16 @@ def sweep() -> list[str]:
 class HiddenPool:
     """Rows in shared memory, owned by this process. Thread-safe. Make one with `create`."""
 
-    def __init__(self, spec: PoolSpec, descriptor: int):
+    def __init__(self, spec: PoolSpec, descriptor: int, allocations: tuple[Allocation, ...] = ()):
         self.spec = spec
         self._memory = spec.map()
+        self._allocations = allocations
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
-        self._stamps = np.frombuffer(self._memory, np.uint8, spec.rows, spec.stamps_at)
+        stamps = np.frombuffer(self._memory, np.uint8, spec.copies * spec.rows, spec.stamps_at)
+        self._stamps = stamps.reshape(spec.copies, spec.rows)
         self._unit = _rows_per_unit(spec.row_bytes)
-        self._runs = [(0, spec.rows)]  # free runs (start, length), ascending, never adjacent
+        # Free runs (start, length), ascending, never adjacent within a part and never over two parts.
+        self._runs = [(part * spec.part_rows, spec.part_rows) for part in range(spec.parts)]
         self._leases: dict[int, Lease] = {}
         self._queue: deque[object] = deque()
         self._change = threading.Condition()
@@ -141,34 +178,55 @@ class HiddenPool:
         self._remove = weakref.finalize(self, _remove_if_owner, os.getpid(), spec.path, descriptor)
 
     @classmethod
-    def create(cls, *, rows: int, width: int, dtype: str) -> "HiddenPool":
-        """a pool of at least `rows` rows of `width` numbers of `dtype` ("float32" or "bfloat16")
+    def create(
+        cls, *, rows: int, width: int, dtype: str, parts: int = 1, on: Sequence[Sequence[int]] = ()
+    ) -> "HiddenPool":
+        """a pool of `parts` parts, each of at least `rows` rows of `width` numbers of `dtype` ("float32", "bfloat16")
 
-        Removes what dead owners left in /dev/shm first. Raises ValueError for a dtype or size that cannot be, and
-        EngineError where /dev/shm is too small.
+        on: for each part the numbers (as this process counts) of the GPUs that hold it; empty is host memory. Removes
+        what dead owners left in /dev/shm first. Raises ValueError for a dtype or size that cannot be, and EngineError
+        where the memory is not there.
         """
         if dtype not in ITEM_BYTES:
             raise ValueError(f"pool dtype {dtype!r}: one of {', '.join(ITEM_BYTES)} is needed")
-        if rows < 1 or width < 1:
-            raise ValueError(f"a pool needs at least one row and one column, not {rows} x {width}")
+        if min(rows, width, parts) < 1 or (on and (len(on) != parts or len({len(group) for group in on}) > 1)):
+            raise ValueError(
+                f"a pool needs rows and columns, and for each part equally many GPUs: {parts} parts of "
+                f"{rows} x {width} on {[*on]}"
+            )
         sweep()
         unit = _rows_per_unit(width * ITEM_BYTES[dtype])
-        spec = PoolSpec("", math.ceil(rows / unit) * unit, width, dtype)
+        rows = math.ceil(rows / unit) * unit
+        size = rows * width * ITEM_BYTES[dtype]
+        places = [(part, gpu) for part, group in enumerate(on) for gpu in group]
+        allocations = tuple(Allocation(gpu, size) for _, gpu in places)
+        names = gpus() if on else []
+        blocks = tuple(
+            Block(part, names[gpu], allocation.handle().hex())
+            for (part, gpu), allocation in zip(places, allocations, strict=True)
+        )
+        spec = PoolSpec("", parts * rows, width, dtype, parts, blocks)
         path, descriptor = create_segment("pool", spec.bytes)
-        return cls(PoolSpec(path, spec.rows, width, dtype), descriptor)
+        return cls(replace(spec, path=path), descriptor, allocations)
 
     def lease(self, counts: Sequence[int], timeout: float | None = None) -> "Lease":
         """one contiguous run of rows for each count, each starting 64-byte aligned; waits until all are free
 
-        Waiting is first come, first served. Raises ValueError for a lease that no pool of this size can give, and
-        EngineError after `timeout` seconds or when the pool is closed.
+        With several parts the run of the first count lies in the first part, and so on. Waiting is first come, first
+        served. Raises ValueError for a lease that no pool of this size can give, and EngineError after `timeout`
+        seconds or when the pool is closed.
         """
         counts = tuple(counts)
         needs = [math.ceil(count / self._unit) * self._unit for count in counts]
-        if not counts or min(counts) < 1 or sum(needs) > self.spec.rows:
+        if self.spec.parts == 1:
+            fits = sum(needs) <= self.spec.rows
+        else:
+            fits = len(needs) <= self.spec.parts and max(needs, default=0) <= self.spec.part_rows
+        if not counts or min(counts) < 1 or not fits:
             raise ValueError(
-                f"a lease of {counts} rows from a pool of {self.spec.rows}: each run needs at least one row, and all "
-                f"of them, rounded up to {self._unit} rows, must fit; make the pool larger or the batch smaller"
+                f"a lease of {counts} rows from a pool of {self.spec.parts} x {self.spec.part_rows}: each run needs "
+                f"at least one row, and all of them, rounded up to {self._unit} rows, must fit; make the pool larger "
+                f"or the batch smaller"
             )
         ticket, began = object(), time.monotonic()
         with self._change:
@@ -215,11 +273,11 @@ class HiddenPool:
                 raise ValueError(f"two prompts would write row {start}")
             edge = start + count
         for start, count in ranges:
-            self._stamps[start : start + count] = 0
+            self._stamps[:, start : start + count] = 0
 
     def missing(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """of each range (start, count), how many rows no engine has written since `expect`"""
-        return [count - int(np.count_nonzero(self._stamps[start : start + count])) for start, count in ranges]
+        return [int(np.count_nonzero(~self._stamps[:, start : start + count].all(0))) for start, count in ranges]
 
     def close(self) -> None:
         """unlink the segment. Arrays that view it stay valid: the memory goes when the last of them does."""
@@ -236,9 +294,10 @@ class HiddenPool:
     def _take(self, needs: list[int]) -> list[int] | None:
         """cut a run of each length out of the free runs, first fit; None, and nothing changed, if one does not fit"""
         runs, starts = list(self._runs), []
-        for need in needs:
+        for number, need in enumerate(needs):
+            part = number if self.spec.parts > 1 else 0
             for index, (start, length) in enumerate(runs):
-                if length >= need:
+                if length >= need and self._part(start) == part:
                     runs[index : index + 1] = [(start + need, length - need)] if length > need else []
                     starts.append(start)
                     break
@@ -246,6 +305,20 @@ class HiddenPool:
                 return None
         self._runs = runs
         return starts
+
+    def _place(self, row: int, device: int) -> tuple[object, int, int]:
+        """what holds a row on a device, the row's address, and DLPack's type of the device"""
+        spec = self.spec
+        if not spec.blocks:
+            return self._memory, self._address + row * spec.row_bytes, CPU
+        part = self._part(row)
+        for block, allocation in zip(spec.blocks, self._allocations, strict=True):
+            if block.part == part and allocation.ordinal == device:
+                return allocation, allocation.address + (row - part * spec.part_rows) * spec.row_bytes, CUDA
+        raise ValueError(f"row {row} lies in part {part} of the pool, which GPU {device} does not hold")
+
+    def _part(self, row: int) -> int:
+        return row // self.spec.part_rows
 
     def _granted(self, starts: list[int], counts: tuple[int, ...], needs: list[int]) -> "Lease":
         self._serial += 1
@@ -260,7 +333,7 @@ class HiddenPool:
                 raise ValueError(f"lease {lease.serial} was released twice")
             merged: list[tuple[int, int]] = []
             for start, length in sorted([*self._runs, *zip(lease.starts, lease.needs, strict=True)]):
-                if merged and sum(merged[-1]) == start:
+                if merged and sum(merged[-1]) == start and start % self.spec.part_rows:
                     merged[-1] = (merged[-1][0], merged[-1][1] + length)
                 else:
                     merged.append((start, length))
@@ -286,20 +359,21 @@ class Lease:
     counts: tuple[int, ...]
     needs: tuple[int, ...]
 
-    def view(self, shard: int, shape: tuple[int, ...] | None = None) -> DLPackView:
+    def view(self, shard: int, shape: tuple[int, ...] | None = None, device: int = 0) -> DLPackView:
         """shard's rows [count, width] for `jax.dlpack.from_dlpack(view, copy=False)`, without a copy
 
-        With `shape` the first rows of them as [*shape, width]. What views the rows must be done before `release`.
-        Raises ValueError once released, and for a shape that holds more rows than the lease.
+        With `shape` the first rows of them as [*shape, width]. device: the number of the JAX device that will hold the
+        array: any CPU device, or a GPU that holds the part. What views the rows must be done before `release`.
+        Raises ValueError once released, for a shape that holds more rows than the lease, and for another GPU.
         """
         if self.serial not in self.pool._leases:
             raise ValueError(f"lease {self.serial} is released: its rows may be another's")
         spec = self.pool.spec
-        address = self.pool._address + self.starts[shard] * spec.row_bytes
         shape = (self.counts[shard],) if shape is None else shape
         if math.prod(shape) > self.counts[shard]:
             raise ValueError(f"a view of {shape} rows on a lease of {self.counts[shard]}")
-        return DLPackView(self.pool._memory, address, (*shape, spec.width), spec.dtype)
+        owner, address, kind = self.pool._place(self.starts[shard], device)
+        return DLPackView(owner, address, (*shape, spec.width), spec.dtype, (kind, device))
 
     def release(self) -> None:
         """give the rows back; a second time raises ValueError"""

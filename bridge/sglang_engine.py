@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -160,7 +161,7 @@ def no_detokenizer(*_: object) -> None:
 def _hooks(spec: EngineSpec) -> list[dict[str, Any]]:
     hooks = []
     if spec.pool is not None:
-        config = {"pool": dict(vars(spec.pool)), "tp_rank": 0}
+        config = {"pool": asdict(spec.pool)}
         hooks.append(("rows", ["model"], "bridge.sglang_hook:write_rows", config))
     if spec.banned_ids:
         hooks.append(("ids", ["logits_processor"], "bridge.sglang_hook:ban_ids", {"ids": list(spec.banned_ids)}))

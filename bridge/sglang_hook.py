@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bridge.cuda import gpus
 from bridge.hidden_pool import PoolSpec
+from bridge.pool_rows import PoolRows
 
 PREFIX = "kdjax"
 
@@ -52,33 +54,34 @@ def plan(rids: Sequence[str], prefixes: Sequence[int], lengths: Sequence[int]) -
 
 
 def write_rows(config: dict[str, Any]) -> Callable[..., None] | None:
-    """SGLang's hook factory. config: `pool`, the fields of a PoolSpec; `tp_rank`, the rank that writes to it
+    """SGLang's hook factory. config: `pool`, the fields of a PoolSpec as plain values
 
-    After the final norm every tensor-parallel rank holds full rows, so one rank a pool writes: register a hook for each
-    pool. Returns None, and so no hook, on other ranks and on all but the last pipeline stage.
+    After the final norm every tensor-parallel rank holds full rows: each writes the blocks of the pool that are its own
+    (see `PoolRows`). Returns None, and so no hook, on a rank without any and on all but the last pipeline stage.
     """
-    from sglang.srt.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+    from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    if get_tensor_model_parallel_rank() != config["tp_rank"] or not get_pp_group().is_last_rank:
+    if not get_pp_group().is_last_rank:
         return None
-    pool = PoolSpec(**config["pool"])
-    memory = pool.map()
-    rows = torch.frombuffer(memory, dtype=getattr(torch, pool.dtype), count=pool.rows * pool.width)
-    rows = rows.view(pool.rows, pool.width)
-    stamps = np.frombuffer(memory, np.uint8, pool.rows, pool.stamps_at)
+    pool, group = PoolSpec.of(config["pool"]), get_tp_group()
+    ranks = [gpus()[torch.cuda.current_device()] if pool.blocks else ""] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(ranks, ranks[0], group=group.cpu_group)
+    rows = PoolRows(pool, group.rank_in_group, ranks)
+    if not rows.writes:
+        return None
 
     def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
         batch = next(value for value in args if isinstance(value, ForwardBatch))
         if not batch.forward_mode.is_extend() or not batch.rids:
             return
         hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.dtype != rows.dtype or hidden.shape[1] != pool.width:
+        if str(hidden.dtype) != f"torch.{pool.dtype}" or hidden.shape[1] != pool.width:
             raise TypeError(f"the model computes rows {hidden.dtype} [{hidden.shape[1]}], the pool holds {pool}")
         for source, row, count in plan(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu).tolist():
-            # From a GPU this copy waits for the model's stream; the stamp and the acknowledgement come after it.
-            rows[row : row + count].copy_(hidden[source : source + count])
-            stamps[row : row + count] = 1
+            rows.write(row, hidden[source : source + count])
+        rows.finish()
 
     return hook
 

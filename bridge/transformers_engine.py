@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bridge.checkpoint import read_facts
+from bridge.cuda import gpus
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
+from bridge.pool_rows import PoolRows
 
 
 class TransformersEngine:
@@ -28,10 +30,8 @@ class TransformersEngine:
         self._banned = torch.tensor(spec.banned_ids, dtype=torch.long, device=self._device)
         self.max_tokens = int(self._model.config.get_text_config().max_position_embeddings)
         if spec.pool is not None:
-            memory, pool = spec.pool.map(), spec.pool
-            rows = torch.frombuffer(memory, dtype=getattr(torch, pool.dtype), count=pool.rows * pool.width)
-            self._rows = rows.view(pool.rows, pool.width)
-            self._stamps = np.frombuffer(memory, np.uint8, pool.rows, pool.stamps_at)
+            here = gpus()[torch.cuda.current_device()] if self._device.type == "cuda" else ""
+            self._rows = PoolRows(spec.pool, ranks=[here])
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Prefill]) -> None:
@@ -39,9 +39,9 @@ class TransformersEngine:
             hidden = self._model.base_model(self._ids(prompt.ids), use_cache=False).last_hidden_state[0]
             row = prompt.row
             for start, stop in prompt.spans:
-                self._rows[row : row + stop - start].copy_(hidden[start:stop])
+                self._rows.write(row, hidden[start:stop])
                 row += stop - start
-            self._stamps[prompt.row : row] = 1
+        self._rows.finish()
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NO_JAX = {"jax", "jaxlib", "flax", "kdjax"}
 # What the engine's processes load, SGLang's own children included.
-SERVER_SIDE = ("server", "host", "leaving", "sglang_engine", "sglang_hook", "sglang_platform", "transformers_engine")
+SERVER_SIDE = (
+    "server", "host", "leaving", "pool_rows", "sglang_engine", "sglang_hook", "sglang_platform", "transformers_engine"
+)  # fmt: skip
 # What kdjax may load of bridge.
-TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "errors", "checkpoint", "weights")
+TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "weights")
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:

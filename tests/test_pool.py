@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+from bridge.cuda import gpus
 from bridge.dlpack import DLPackView, _held
 from bridge.errors import EngineError
-from bridge.hidden_pool import SHARED, HiddenPool, sweep
+from bridge.hidden_pool import SHARED, Block, HiddenPool, PoolSpec, sweep
+from bridge.pool_rows import assigned
 
 
 @pytest.fixture
@@ -294,3 +297,56 @@ def test_arrays_alive_at_exit_do_no_harm():
         """
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_each_run_lies_in_its_own_part():
+    """a pool for four data shards: run i lies in part i, aligned; freed runs merge again, never over a border"""
+    with HiddenPool.create(rows=50, width=24, dtype="bfloat16", parts=4) as pool:
+        part = pool.spec.part_rows
+        assert part >= 50 and pool.spec.rows == 4 * part
+        rng = random.Random(0)
+        held = []
+        for _ in range(300):
+            if held and (len(held) == 3 or rng.random() < 0.4):
+                held.pop(rng.randrange(len(held))).release()
+            lease = pool.lease([rng.randint(1, 10) for _ in range(rng.randint(1, 4))], timeout=1)
+            for index, (start, count) in enumerate(zip(lease.starts, lease.counts, strict=True)):
+                assert index * part <= start and start + count <= (index + 1) * part
+                assert lease.view(index).address % 64 == 0
+            held.append(lease)
+        taken = [row for lease in held for start, n in zip(lease.starts, lease.counts, strict=True)
+                 for row in range(start, start + n)]  # fmt: skip
+        assert len(taken) == len(set(taken))
+        for lease in held:
+            lease.release()
+        assert pool._runs == [(index * part, part) for index in range(4)]
+        with pool.lease([part] * 4, timeout=1), pytest.raises(EngineError, match="waited"):
+            pool.lease([1], timeout=0.05)
+        with pytest.raises(ValueError, match="needs at least one row"):
+            pool.lease([1] * 5)
+
+
+def test_any_cpu_device_views_the_segment_itself():
+    with HiddenPool.create(rows=8, width=16, dtype="float32", parts=8) as pool, pool.lease([8] * 8, timeout=1) as lease:
+        for number, device in enumerate(jax.local_devices()):
+            array = jax.dlpack.from_dlpack(lease.view(number, (2, 4), device.local_hardware_id), copy=False)
+            assert array.devices() == {device} and array.shape == (2, 4, 16)
+            assert array.unsafe_buffer_pointer() == pool._address + lease.starts[number] * pool.spec.row_bytes
+
+
+def test_ranks_write_the_blocks_on_their_own_gpus():
+    blocks = [Block(part, gpu, "") for part, gpu in ((0, "a"), (0, "b"), (1, "c"), (1, "d"))]
+    spec = PoolSpec("path", 64, 8, "float32", 2, tuple(blocks))
+    assert PoolSpec.of(asdict(spec)) == spec and spec.copies == 2 and spec.part_rows == 32
+    assert assigned(blocks, 0, ["c", "a"]) == [(blocks[2], 0)]  # and d, the fourth, is dealt to rank 3 % 2
+    assert assigned(blocks, 1, ["c", "a"]) == [(blocks[0], 0), (blocks[1], 1), (blocks[3], 1)]
+    alone = assigned(blocks, 0, ["x"])
+    assert [block for block, _ in alone] == blocks and [number for _, number in alone] == [0, 1, 0, 1]
+
+
+def test_gpu_memory_without_a_gpu_is_refused():
+    assert gpus() == []
+    with pytest.raises(EngineError, match="no NVIDIA driver answers"):
+        HiddenPool.create(rows=8, width=16, dtype="float32", on=[[0]])
+    with pytest.raises(ValueError, match="equally many GPUs"):
+        HiddenPool.create(rows=8, width=16, dtype="float32", parts=2, on=[[0], [1, 2]])

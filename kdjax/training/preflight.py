@@ -41,7 +41,8 @@ def check_teacher(stream: Any) -> float:
                 for ids, n, start in zip(documents, rows, starts, strict=True)
             ]
         )
-        hidden = jnp.array(jax.dlpack.from_dlpack(lease.view(0), copy=False), copy=True).block_until_ready()
+        view = lease.view(0, device=stream.mesh.local_devices[0].local_hardware_id)
+        hidden = jnp.array(jax.dlpack.from_dlpack(view, copy=False), copy=True).block_until_ready()
     finally:
         lease.release()
     hidden = jax.device_put(hidden, NamedSharding(stream.mesh, P()))

@@ -32,6 +32,8 @@ from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
 from kdjax.training.student import student_vocabulary, tokenizer_path
 
+LEAST_ROWS = 1024  # of a pool, so that the preflight's sample fits whatever the batch
+
 
 @dataclass
 class DeviceBatch:
@@ -98,8 +100,11 @@ class Stream:
         # A slot holds a batch in which every position carries loss; 64 rows are enough to align the next one.
         self._slot_rows = config.train.batch_size * config.data.max_len // self.shards
         self._slots = teacher.lookahead + 2
-        room = self._slots * self.shards * (self._slot_rows + 64)
-        self.pool = HiddenPool.create(rows=room, width=model.hidden_size, dtype=dtype)
+        room, width = max(self._slots * (self._slot_rows + 64), LEAST_ROWS), model.hidden_size
+        # On GPUs every data shard has rows of its own on each GPU that trains on it; a CPU's devices share one memory.
+        self.pool = HiddenPool.create(
+            rows=room, width=width, dtype=dtype, parts=self.shards, on=_gpus_of_shards(self.mesh, self.shards)
+        )
         self._exit.callback(self.pool.close)
         self._engine = start_engine(
             teacher.path,
@@ -178,19 +183,15 @@ class Stream:
         return replace(batch, teacher_hidden=(self._view(lease, host.batch.rows.shape, copy),))
 
     def _view(self, lease: Lease, shape: tuple[int, int, int], copy: bool) -> jax.Array:
-        """[A, G·N, E] assembled from one view per data shard. A device that does not own the memory gets a copy."""
+        """[A, G·N, E] assembled from what each device sees of its data shard's rows, which lie in its own memory."""
         micro, shards, rows = shape
         sharding = NamedSharding(self.mesh, P(None, BATCH_AXES, None))
         total = (micro, shards * rows, self.pool.spec.width)
-        views = {}
         pieces = []
         for device, index in sharding.addressable_devices_indices_map(total).items():
-            shard = (index[1].start or 0) // rows
-            if shard not in views:
-                views[shard] = jax.dlpack.from_dlpack(lease.view(shard, (micro, rows)), copy=False)
-            view = views[shard]
-            piece = view if view.device == device else jax.device_put(view, device)
-            pieces.append(jax.numpy.array(piece, copy=True) if copy and piece is view else piece)
+            view = lease.view((index[1].start or 0) // rows, (micro, rows), device.local_hardware_id)
+            piece = jax.dlpack.from_dlpack(view, copy=False)
+            pieces.append(jax.numpy.array(piece, copy=True) if copy else piece)
         return jax.make_array_from_single_device_arrays(total, sharding, pieces)
 
     def _produce(self) -> tuple[HostBatch, Lease | None, dict[str, float]]:
@@ -271,6 +272,15 @@ def engine_options(config: Config) -> dict[str, Any]:
         trust_remote_code=teacher.trust_remote_code,
     )
     return named | dict(teacher.args)
+
+
+def _gpus_of_shards(mesh: Mesh, shards: int) -> list[list[int]]:
+    """For each data shard the numbers of this process's GPUs that train on it; empty where there are no GPUs."""
+    gpus: list[list[int]] = [[] for _ in range(shards)]
+    placed = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((shards,))
+    for device, (index,) in placed.items():
+        gpus[index.start or 0].append(device.local_hardware_id)
+    return gpus if jax.default_backend() == "gpu" else []
 
 
 class _Ahead:

@@ -1,0 +1,136 @@
+"""GPU memory that two processes share: plain allocations, their IPC handles, and what the driver says is free.
+
+Speaks to the driver itself, through ctypes, so that the trainer needs no torch for it and the allocation belongs to no
+framework's allocator: JAX's and torch's own blocks cannot be exported, or move. GPUs are matched by UUID, never by rank
+or ordinal, since two processes may number them differently.
+"""
+
+import ctypes
+import functools
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bridge.errors import EngineError
+
+HANDLE_BYTES = 64
+_PEER_ACCESS = 1  # cuIpcOpenMemHandle: reach other GPUs over NVLink where need be
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_byte * HANDLE_BYTES)]
+
+
+class Allocation:
+    """`size` zeroed bytes on GPU number `ordinal`, freed when nothing refers to this object any more."""
+
+    def __init__(self, ordinal: int, size: int):
+        """raises EngineError where the GPU has not so much free"""
+        self.ordinal, self.size = ordinal, size
+        pointer = ctypes.c_uint64()
+        with _on(ordinal):
+            try:
+                _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
+            except EngineError as error:
+                raise EngineError(
+                    f"{size / 2**30:.2f} GiB of hidden rows do not fit on GPU {ordinal} "
+                    f"({memory(ordinal)[0] / 2**30:.2f} GiB free): leave it more, as by XLA_PYTHON_CLIENT_MEM_FRACTION "
+                    f"or a smaller teacher.mem_fraction"
+                ) from error
+            self.address = pointer.value
+            _call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size))
+            _call("cuCtxSynchronize")
+
+    def handle(self) -> bytes:
+        """what another process opens with `Mapping`"""
+        handle = _Handle()
+        with _on(self.ordinal):
+            _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
+        return bytes(handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            with _on(self.ordinal):
+                _call("cuMemFree_v2", ctypes.c_uint64(self.address))
+
+
+class Mapping:
+    """Another process's `Allocation`, for as long as this object lives. The owner must outlive it."""
+
+    def __init__(self, ordinal: int, handle: bytes):
+        self.ordinal = ordinal
+        pointer = ctypes.c_uint64()
+        with _on(ordinal):
+            _call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), _Handle.from_buffer_copy(handle), _PEER_ACCESS)
+        self.address = pointer.value
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            with _on(self.ordinal):
+                _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
+
+
+def gpus() -> list[str]:
+    """UUIDs of the GPUs that this process sees, in its own order; none without a driver"""
+    if _driver() is None:
+        return []
+    count = ctypes.c_int()
+    _call("cuDeviceGetCount", ctypes.byref(count))
+    return [_uuid(ordinal) for ordinal in range(count.value)]
+
+
+def memory(ordinal: int) -> tuple[int, int]:
+    """free and total bytes of a GPU, as the driver counts them: what frameworks hold in reserve is not free"""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with _on(ordinal):
+        _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return library if library.cuInit(0) == 0 else None
+
+
+def _call(name: str, *arguments: object) -> None:
+    driver = _driver()
+    if driver is None:
+        raise EngineError("no NVIDIA driver answers here (libcuda.so.1), so there is no GPU memory to share")
+    status = getattr(driver, name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        raise EngineError(f"the NVIDIA driver's {name} failed: {(text.value or b'?').decode()} ({status})")
+
+
+@contextmanager
+def _on(ordinal: int) -> Iterator[None]:
+    """the GPU's primary context, which frameworks in this process use too, made current for a moment"""
+    _call("cuCtxPushCurrent_v2", _context(ordinal))
+    try:
+        yield
+    finally:
+        _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+
+@functools.cache
+def _context(ordinal: int) -> ctypes.c_void_p:
+    context = ctypes.c_void_p()
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), _device(ordinal))
+    return context
+
+
+def _device(ordinal: int) -> ctypes.c_int:
+    device = ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
+    return device
+
+
+def _uuid(ordinal: int) -> str:
+    raw = (ctypes.c_ubyte * 16)()
+    _call("cuDeviceGetUuid", ctypes.byref(raw), _device(ordinal))
+    return str(uuid.UUID(bytes=bytes(raw)))

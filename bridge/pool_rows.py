@@ -1,0 +1,72 @@
+"""What an engine's process sees of the pool: its rows as torch tensors, and the stamps that say what was written."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bridge.cuda import Mapping, gpus
+from bridge.dlpack import CUDA, DLPackView
+from bridge.hidden_pool import Block, PoolSpec
+
+
+class PoolRows:
+    """The part of a pool that one process writes: `rank` of the processes that all hold the same hidden rows.
+
+    ranks: the UUIDs of their GPUs, one entry where there is one process or no GPU. Each block of the pool is written
+    by one rank, on its own GPU where it can be, so that rows cross between GPUs only where no rank shares the
+    student's.
+    """
+
+    def __init__(self, spec: PoolSpec, rank: int = 0, ranks: Sequence[str] = ("",)):
+        memory, dtype = spec.map(), getattr(torch, spec.dtype)
+        self.spec = spec
+        self._stamps = np.frombuffer(memory, np.uint8, spec.copies * spec.rows, spec.stamps_at)
+        self._stamps = self._stamps.reshape(spec.copies, spec.rows)
+        self._copies: list[tuple[int, int, torch.Tensor]] = []  # part, number of the copy, rows
+        if not spec.blocks:
+            rows = torch.frombuffer(memory, dtype=dtype, count=spec.rows * spec.width).view(spec.rows, spec.width)
+            if rank == 0:
+                self._copies = [(part, 0, rows[part * spec.part_rows :]) for part in range(spec.parts)]
+        here = gpus() if spec.blocks else []
+        for block, number in assigned(spec.blocks, rank, ranks):
+            mapping = Mapping(here.index(block.gpu), bytes.fromhex(block.handle))
+            shape, device = (spec.part_rows, spec.width), (CUDA, mapping.ordinal)
+            view = DLPackView(mapping, mapping.address, shape, spec.dtype, device)
+            self._copies.append((block.part, number, torch.from_dlpack(view)))
+        self._written: list[tuple[int, int, int]] = []
+
+    @property
+    def writes(self) -> bool:
+        """whether this rank has anything to write"""
+        return bool(self._copies)
+
+    def write(self, row: int, hidden: torch.Tensor) -> None:
+        """put [count, width] at the pool's `row` and following, on the current stream; `finish` makes it count"""
+        part, at = divmod(row, self.spec.part_rows)
+        for where, number, rows in self._copies:
+            if where == part:
+                rows[at : at + len(hidden)].copy_(hidden)
+                self._written.append((number, row, row + len(hidden)))
+
+    def finish(self) -> None:
+        """stamp what was written, once it is there: JAX cannot wait for this process's stream"""
+        if self.spec.blocks and self._written:
+            torch.cuda.current_stream().synchronize()
+        for number, start, stop in self._written:
+            self._stamps[number, start:stop] = 1
+        self._written.clear()
+
+
+def assigned(blocks: Sequence[Block], rank: int, ranks: Sequence[str]) -> list[tuple[Block, int]]:
+    """the blocks that `rank` writes, each with its number among the copies of its part
+
+    A block belongs to the rank on its own GPU; blocks on GPUs without a rank are dealt out in turn.
+    """
+    taken = []
+    for index, block in enumerate(blocks):
+        number = sum(other.part == block.part for other in blocks[:index])
+        writer = ranks.index(block.gpu) if block.gpu in ranks else index % len(ranks)
+        if writer == rank:
+            taken.append((block, number))
+    return taken
