@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup quickstart teacher test test-full bench lint clean
+.PHONY: setup quickstart teacher test test-full bench gpu lint clean
 
 quickstart: setup
 	$(BIN)/python -m kdjax.train --config configs/quickstart.yaml overwrite=true
@@ -21,6 +21,9 @@ test-full: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.fused_loss
+
+gpu: setup  ## on a machine with a GPU: check and measure, ten minutes
+	$(BIN)/python -m benchmarks.gpu
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

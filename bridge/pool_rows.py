@@ -20,7 +20,7 @@ class PoolRows:
 
     def __init__(self, spec: PoolSpec, rank: int = 0, ranks: Sequence[str] = ("",)):
         memory, dtype = spec.map(), getattr(torch, spec.dtype)
-        self.spec = spec
+        self.spec, self.dtype = spec, dtype
         self._stamps = np.frombuffer(memory, np.uint8, spec.copies * spec.rows, spec.stamps_at)
         self._stamps = self._stamps.reshape(spec.copies, spec.rows)
         self._copies: list[tuple[int, int, torch.Tensor]] = []  # part, number of the copy, rows
