@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup quickstart teacher test test-full bench gpu lint clean
+.PHONY: setup quickstart teacher test test-full bench gpu docs lint clean
 
 quickstart: setup
 	$(BIN)/python -m kdjax.train --config configs/quickstart.yaml overwrite=true
@@ -25,6 +25,10 @@ bench: setup
 gpu: setup  ## on a machine with a GPU: check and measure, ten minutes
 	$(BIN)/python -m benchmarks.gpu
 
+docs: setup  ## into site/; a link that leads nowhere is an error
+	$(BIN)/python -m docs.generate
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -34,7 +38,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"kdjax needs Python 3.11 to 3.13, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-		echo "setting up $(VENV) for a GPU (several gigabytes)"; $(PIP) -e '.[gpu,test]'; \
+		echo "setting up $(VENV) for a GPU (several gigabytes)"; $(PIP) -e '.[gpu,test,docs,wandb]'; \
 	else \
 		echo "setting up $(VENV) for a CPU (two to five minutes)"; \
 		$(PIP) -r requirements/cpu-torch.txt && \
@@ -46,4 +50,4 @@ $(STAMP):
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache runs build *.egg-info
+	rm -rf $(VENV) .cache runs build site *.egg-info

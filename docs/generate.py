@@ -41,11 +41,11 @@ TITLES = {
     "data.train[]": ("data.train[]", "One entry a training source."),
     "data.eval[]": ("data.eval[]", "One entry a held-out source."),
     "distill": ("distill", "What is compared. More: [Losses](losses.md) and [Algorithms](algorithms.md)."),
-    "train": ("train", "Steps, optimizer and evaluation."),
+    "train": ("train", "Steps, optimizer and evaluation. More: [Watching](watching.md#evaluate)."),
     "generate": ("generate", "How answers are written. More: [Generation and tasks](generation.md)."),
     "mesh": ("mesh", "How devices are used; the product of the sizes is the number of devices."),
     "checkpoint": ("checkpoint", "Saving and going on. More: [Resume](concepts.md#resume)."),
-    "log": ("log", "What is shown and recorded."),
+    "log": ("log", "What is shown and recorded. More: [Watching](watching.md)."),
 }
 
 NAMES = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Any": "any", "None": "null"}

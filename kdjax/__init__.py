@@ -18,7 +18,7 @@ from kdjax.losses import (
 from kdjax.models import export_hf, load_model
 from kdjax.rewards import find_reward, register_reward
 from kdjax.sharding import Rules, make_mesh
-from kdjax.training.evaluation import Evaluator
+from kdjax.training.evaluation import Evaluation, Evaluator, register_evaluation
 from kdjax.training.loop import Result, train
 from kdjax.training.optimizer import make_optimizer, make_schedule
 from kdjax.training.sources import DeviceBatch, Stream, stream
@@ -28,6 +28,7 @@ from kdjax.training.student import make_student
 __all__ = [
     "Config",
     "DeviceBatch",
+    "Evaluation",
     "Evaluator",
     "Frozen",
     "Head",
@@ -54,6 +55,7 @@ __all__ = [
     "make_student",
     "register_algorithm",
     "register_divergence",
+    "register_evaluation",
     "register_reward",
     "stream",
     "train",

@@ -200,6 +200,8 @@ class TrainConfig:
     """Steps between evaluations; none evaluates before and after only."""
     eval_rows: int | None = Field(None, ge=1)
     """Held-out rows to evaluate on; none means all. Their teacher states stay in memory for the whole run."""
+    eval_functions: tuple[str, ...] = ()
+    """Further evaluations: names given to `register_evaluation`, or `path/my.py:function`."""
     keep_best: bool = False
     """Export the weights with the lowest held-out loss instead of the last."""
     patience: int | None = Field(None, ge=1)
@@ -281,10 +283,26 @@ class LogConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Write tensorboard event files."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases; needs `pip install wandb`."""
+    wandb_project: str = "kdjax"
+    """Project there."""
+    wandb_entity: str | None = None
+    """User or organisation there; none takes the default of the login."""
+    wandb_group: str | None = None
+    """Group of runs there."""
+    wandb_name: str | None = None
+    """Name of the run there; none takes the name of the output folder."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes to the output folder, for `wandb sync` later."""
+    report: bool = True
+    """Write report.html and figures at the end; `python -m kdjax.report` writes them at any time."""
+    samples: int = Field(0, ge=0)
+    """How many held-out questions the exported student answers at the end, for the report."""
     sample_prompt: str | None = None
     """A question that the student answers at the end."""
     sample_tokens: int = Field(128, ge=1)
-    """Length of that answer at most."""
+    """Length of an answer at most."""
 
 
 @group
@@ -319,8 +337,11 @@ class Config:
             raise ValueError("data.tokenizer is missing: neither a student.path nor a teacher.path brings one")
         if self.student.init == "layers" and self.teacher.path is None:
             raise ValueError("student.init=layers takes the teacher's layers, but teacher.path is missing")
-        if self.data.eval == () and (self.train.eval_every or self.train.eval_rows):
-            raise ValueError("train.eval_every and train.eval_rows need held-out data: set data.eval")
+        asked = [key for key in ("eval_every", "eval_rows", "eval_functions") if getattr(self.train, key)]
+        if self.data.eval == () and asked:
+            raise ValueError(f"train.{asked[0]} needs held-out data: set data.eval")
+        if self.log.samples and not (self.data.eval and self.checkpoint.check_export):
+            raise ValueError("log.samples asks the exported student: set data.eval and checkpoint.check_export")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

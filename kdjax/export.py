@@ -1,46 +1,38 @@
-"""``python -m kdjax.export RUN OUT``: a Hugging Face folder from the newest checkpoint of a run."""
+"""``python -m kdjax.export RUN OUT``: a Hugging Face folder from a checkpoint of a run, by default its newest."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from kdjax.config import load_config
-from kdjax.errors import UserError
 from kdjax.train import guarded
 
 
-def export(run: str | Path, out: str | Path, dtype: str | None = None) -> Path:
-    """Write the newest checkpoint of the run folder ``run`` to ``out`` as safetensors with configs and tokenizer."""
-    from flax import nnx  # jax is imported only once the run is known to be there
+def export(
+    run: str | Path, out: str | Path, dtype: str | None = None, *, step: int | None = None, best: bool = False
+) -> Path:
+    """Write the student of the run folder ``run`` to ``out`` as safetensors with configs and tokenizer.
 
-    from kdjax.models import export_hf
-    from kdjax.training.checkpoint import Checkpoints
-    from kdjax.training.student import make_student, tokenizer_path
+    Args:
+        dtype: of the stored weights; None takes ``student.export_dtype``.
+        step: of which checkpoint; None takes the newest.
+        best: the weights of the best evaluation instead, where ``train.keep_best`` kept them.
+    """
+    # jax is imported only once the command line holds
+    from kdjax.training.saved import load_saved, run_config
+    from kdjax.training.student import export_student
 
-    run = Path(run)
-    config = load_config(run / "config.yaml")
-    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint)
-    if checkpoints.latest is None:
-        raise UserError(f"{run}/checkpoints holds no checkpoint; train first, or set checkpoint.save_every")
-    # Only the shapes are wanted: random weights are drawn rather than others read, and replaced at once.
-    kept = {"num_hidden_layers": len(config.student.layers)} if config.student.layers else {}
-    shape = replace(config.student, path=config.student.path or config.teacher.path, init="random", layers=())
-    model = make_student(replace(config, student=replace(shape, config={**config.student.config, **kept})))
-    params = checkpoints.restore_student(nnx.state(model, nnx.Param))
-    checkpoints.close()
-    nnx.update(model, params)
-    return export_hf(
-        model,
-        out,
-        source=config.student.path or config.teacher.path,
-        tokenizer=tokenizer_path(config),
-        dtype=dtype or config.student.export_dtype,
-        entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
-    )
+    config = run_config(Path(run))
+    return export_student(load_saved(Path(run), config, step=step, best=best), config, out, dtype)
+
+
+def which_weights(parser: argparse.ArgumentParser) -> None:
+    """Add ``--step`` and ``--best``, of which one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N")
+    group.add_argument("--best", action="store_true", help="the weights of the best evaluation (train.keep_best)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="folder of a run (its `output`)")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the stored weights")
-    arguments = parser.parse_args(argv)
-    return guarded(lambda: print(export(arguments.run, arguments.out, arguments.dtype)))
+    which_weights(parser)
+    asked = parser.parse_args(argv)
+    return guarded(lambda: print(export(asked.run, asked.out, asked.dtype, step=asked.step, best=asked.best)))
 
 
 if __name__ == "__main__":

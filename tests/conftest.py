@@ -58,7 +58,7 @@ def run_values(root, tiny_teacher, tmp_path):
         "train": {"steps": 6, "batch_size": 4, "learning_rate": 3e-3, "eval_rows": 8, "eval_every": 3},
         "mesh": {"data": 1},
         "checkpoint": {"check_export": False},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "tensorboard": False, "report": False},
     }
 
 

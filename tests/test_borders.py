@@ -87,6 +87,10 @@ def test_a_fresh_kdjax_has_no_torch():
     assert "jax" in modules and not modules & {"torch", "sglang"}
 
 
+def test_a_fresh_kdjax_loads_nothing_for_show():
+    assert not loaded("import kdjax, kdjax.training.metrics, kdjax.report") & {"matplotlib", "wandb", "tensorboardX"}
+
+
 def test_a_fresh_trainers_side_has_no_framework():
     modules = loaded("; ".join(f"import bridge.{name}" for name in TRAINER_SIDE))
     assert not modules & {"torch", "sglang", "transformers", "jax", "kdjax"}

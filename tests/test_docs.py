@@ -4,6 +4,8 @@ import ast
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,21 @@ def test_committed_configurations_parse():
         load_config(file)
 
 
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "quickstart" / "index.html").exists() and (tmp_path / "site" / "way.svg").exists()
+
+
+def test_the_image_is_pinned_as_the_tests_are():
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    assert re.fullmatch(r"FROM nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu[\d.]+", text.split("\n\n")[0].splitlines()[-1])
+    pinned = {pin.replace("[cuda13]", "") for pin in re.findall(r'"([^"]+==[^"]+)"', text)}
+    tested = {line for file in (ROOT / "requirements").glob("*.txt") for line in file.read_text().splitlines()}
+    assert {name.partition("==")[0] for name in pinned} >= {"jax", "sglang"} and pinned <= tested
+
+
 def test_the_navigation_holds_every_page():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
 
@@ -130,3 +147,32 @@ def test_the_navigation_holds_every_page():
         return [value] if isinstance(value, str) else [f for item in value for f in files(item)]
 
     assert sorted(files_of(nav)) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+KDFLOW = """
+student_name_or_path teacher_name_or_path attn_implementation use_liger_kernel lora_rank lora_alpha target_modules
+lora_dropout ring_attn_size enable_thinking disable_fast_tokenizer num_nodes num_gpus_per_node num_epochs
+train_batch_size micro_train_batch_size learning_rate lr_scheduler lr_warmup_ratio min_lr max_norm weight_decay
+adam_betas backend gradient_checkpointing enable_sleep eval_steps save_steps save_path ckpt_path seed bf16
+use_dynamic_bsz max_token_len_per_gpu fsdp_size cpu_offload kd_ratio kd_temperature kd_algorithm kd_loss_fn
+teacher_tp_size teacher_ep_size teacher_pp_size teacher_dp_size teacher_forward_n_batches teacher_mem_fraction_static
+teacher_offload_tags teacher_quantization dskd_token_align dskd_topk_vocab dskd_projector_lr jsd_beta skew_lambda
+adaptive_alpha hrl_topk teacher_update_freq use_ema_teacher teacher_ema_decay multi_teacher_config rollout_num_engines
+rollout_tp_size rollout_batch_size n_samples_per_prompt generate_max_len temperature top_p rollout_mem_fraction_static
+print_rollout_sample train_dataset_path train_dataset_probs train_split eval_dataset_path eval_split input_key
+output_key image_key teacher_input_key label_key apply_chat_template max_len prompt_max_len max_samples
+packing_samples preprocess_num_workers logging_steps use_wandb wandb_org wandb_project wandb_group wandb_run_name
+wandb_mode wandb_dir
+""".split()
+WITHOUT_COUNTERPART = {"backend", "use_liger_kernel", "attn_implementation"}
+
+
+def test_every_argument_of_kdflow_has_a_row():
+    lines = (ROOT / "docs" / "kdflow.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    found = {name: cells[1] for cells in rows for name in re.findall(r"`(\w+)`", cells[0])}
+    assert set(KDFLOW) <= set(found)
+    for name in KDFLOW:
+        counterpart = found[name]
+        assert counterpart and (name in WITHOUT_COUNTERPART or "no counterpart" not in counterpart), name
+        assert "*planned*" in counterpart or "no counterpart" in counterpart or "`" in counterpart, name

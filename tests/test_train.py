@@ -1,7 +1,6 @@
 """Whole runs from the command line: the real engine, resuming, eight devices, what a person is told."""
 
 import glob
-import json
 import shutil
 import subprocess
 
@@ -15,14 +14,14 @@ from kdjax.errors import UserError
 from kdjax.models import load_model
 from kdjax.train import main
 from kdjax.training.loop import train
+from kdjax.training.metrics import read_metrics
 from kdjax.training.progress import Display
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
 
 def losses(folder, key="loss"):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record[key] for record in records if key in record]
+    return [record[key] for record in read_metrics(folder / "metrics.jsonl") if key in record]
 
 
 def without_teacher(run_values):
@@ -38,7 +37,7 @@ def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capsys):
     """The main job: a live SGLang engine, rows through the pool, an export that transformers answers from."""
     run_values["teacher"]["engine"] = "sglang"
     run_values["train"]["steps"] = 12
-    run_values["log"] |= {"sample_prompt": "How many?", "sample_tokens": 4}
+    run_values["log"] |= {"sample_prompt": "How many?", "samples": 1, "sample_tokens": 4, "report": True}
     run_values["checkpoint"]["check_export"] = True
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run_values))
@@ -51,6 +50,11 @@ def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capsys):
     assert len(kd) == 12 and np.mean(kd[-3:]) < np.mean(kd[:3])
     assert losses(run, "eval/kl")[-1] < losses(run, "eval/kl")[0]
     assert list((run / "tensorboard").iterdir())
+    assert len(losses(run, "grad_norm")) == len(losses(run, "seconds/student")) == 12
+    assert 0 < max(losses(run, "pool/used")) <= losses(run, "pool/peak")[-1] <= 1
+    page = (run / "report.html").read_text()
+    for words in ("How many?", "KL(teacher ‖ student)", "finished at step 12", "teacher (sglang)"):
+        assert words in page
     exported = load_model(run / "export")
     assert exported.config.hidden_size == 32
     assert from_dict(yaml.safe_load((run / "config.yaml").read_text())) == from_dict(

@@ -12,29 +12,12 @@ from kdjax.config import CheckpointConfig, Config, to_dict
 from kdjax.errors import UserError
 
 # What may differ between the run that saved and the run that goes on: where things go, not what is computed.
-_FREE = (
-    {"output", "overwrite", "log", "checkpoint", "mesh", "generate", "data.workers"}
-    | {
-        "train.eval_every",
-        "train.eval_rows",
-    }
-    | {
-        f"teacher.{key}"
-        for key in (
-            "engine",
-            "tp",
-            "pp",
-            "ep",
-            "mem_fraction",
-            "args",
-            "threads",
-            "lookahead",
-            "start_timeout",
-            "timeout",
-            "preflight",
-        )
-    }
-)
+_ENGINE = ("engine", "tp", "pp", "ep", "mem_fraction", "args", "threads", "lookahead", "start_timeout", "timeout")
+_FREE = {
+    *("output", "overwrite", "log", "checkpoint", "mesh", "generate", "data.workers"),
+    *(f"train.{key}" for key in ("eval_every", "eval_rows", "eval_functions")),
+    *(f"teacher.{key}" for key in (*_ENGINE, "preflight")),
+}
 
 
 class Checkpoints:
@@ -56,6 +39,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest saved step."""
         return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """All saved steps, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Start saving ``state`` as of ``step``; the arrays may be donated as soon as this returns."""
@@ -83,10 +71,10 @@ class Checkpoints:
         state = dict(restored.rest)
         return state | {"params": {"student": restored.student, **state["params"]}}, restored.meta
 
-    def restore_student(self, like: Any) -> Any:
-        """The newest student parameters alone, laid out like ``like``."""
+    def restore_student(self, like: Any, step: int | None = None) -> Any:
+        """The student parameters alone of ``step``, by default the newest, laid out like ``like``."""
         args = ocp.args.Composite(student=ocp.args.StandardRestore(_abstract(like)))
-        return self._manager.restore(self.latest, args=args).student
+        return self._manager.restore(self.latest if step is None else step, args=args).student
 
     def wait(self) -> None:
         """Until everything started is on disk."""

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,18 @@ from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import export_hf, load_model
+from kdjax.training.about import machine, note, now
 from kdjax.training.checkpoint import Checkpoints
-from kdjax.training.evaluation import Evaluator
+from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
 from kdjax.training.folder import RunFolder
 from kdjax.training.interrupt import Interrupt
-from kdjax.training.metrics import Metrics
+from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer, make_schedule
 from kdjax.training.preflight import check_export, check_teacher
 from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
-from kdjax.training.student import make_student, tokenizer_path
+from kdjax.training.student import export_student, make_student
 
 
 @dataclass
@@ -64,9 +65,11 @@ class _Run:
     def run(self) -> Result:
         config, display = self.config, self.display
         check_names(config)
+        check_evaluations(config.train.eval_functions)
+        check_log(config.log)
         with (
             RunFolder(config),
-            Stream(config, log=self.folder / "engine.log") as self.stream,
+            self._open_stream() as self.stream,
             Checkpoints(self.folder / "checkpoints", config.checkpoint) as self.checkpoints,
         ):
             self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
@@ -84,13 +87,26 @@ class _Run:
             with display.stage("held-out rows"):
                 self.held_out = self.stream.evaluation() if config.data.eval else []
             self.evaluate = Evaluator(self.model, self.stream.teachers, self.stream.mesh)
-            with Metrics(self.folder, config.log.tensorboard, start) as self.metrics:
+            with Metrics(self.folder, config, start) as self.metrics:
+                self._describe(start)
                 if start == 0:
                     self._evaluate(0)
                 with display.bar(self.steps, start), Interrupt() as self.interrupt:
                     self._loop(start)
                 self._finish()
+        if config.log.report:
+            self._report()
         return self.result
+
+    def _open_stream(self) -> Stream:
+        with self.display.stage("tokenizer and data"):
+            return Stream(self.config, log=self.folder / "engine.log")
+
+    def _describe(self, start: int) -> None:
+        size = sum(x.size for x in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
+        note(self.folder, steps=self.steps, parameters=size, resumed_at=start or None, finished=None, **machine())
+        if start == 0:
+            note(self.folder, started=now())
 
     def _resume(self) -> int:
         if self.checkpoints.latest is None:
@@ -109,6 +125,7 @@ class _Run:
             return
         with display.stage("compile"):
             pending = self._dispatch()
+        self.metrics.write(done, display.spent())
         window = _Window(config, self.steps, done)
         for number in range(done + 1, self.steps + 1):
             batch, values = pending
@@ -124,12 +141,12 @@ class _Run:
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             self._refuse_nonsense(number, values)
             self.position, self.result.steps = batch.host.state, number
-            display.advance(number)
+            display.advance(number, values["loss"])
             window.add(batch)
             if last or _due(number, config.log.every):
-                values |= window.close(number)
+                values |= window.close(number) | self.stream.gauges()
                 self.metrics.write(number, values)
-                display.line(_progress_line(number, self.steps, values))
+                display.step(number, self.steps, values)
             with window.paused():
                 if evaluate and self._evaluate(number):
                     display.line(f"no better held-out loss in {config.train.patience} evaluations: stopping")
@@ -158,10 +175,16 @@ class _Run:
         """Held-out numbers of the weights as they are; True when patience has run out."""
         if not self.held_out:
             return False
-        values = self.evaluate(self.step.state["params"]["student"], self.held_out)
+        with self.display.timed("evaluation"):
+            values = self.evaluate(self.step.state["params"]["student"], self.held_out)
+            about = (self.model, self.held_out, self.stream.teachers, self.stream.tokenizer, self.stream.mesh)
+            own = Evaluation(*about, self.config, step, values)
+            values |= call_evaluations(self.config.train.eval_functions, own)
         self.result.evaluations[step] = values
-        self.metrics.write(step, {f"eval/{name}": value for name, value in values.items()})
-        self.display.line(f"held-out at step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in values.items()))
+        record = {f"eval/{name}": value for name, value in values.items()}
+        self.metrics.write(step, record | self.display.spent())
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if not name.startswith("kl_at/"))
+        self.display.line(f"held-out at step {step}: {shown}")
         if self.config.train.keep_best and self._best_step() == step:
             export_hf(self.model, self.folder / "best", source=self.config.student.path or self.config.teacher.path)
         return self._out_of_patience()
@@ -188,24 +211,27 @@ class _Run:
             nnx.update(self.model, nnx.state(best))
             display.line(f"keeping step {result.kept_step}, the best held-out loss")
         with display.stage("export"):
-            export_hf(
-                self.model,
-                result.export,
-                source=config.student.path or config.teacher.path,
-                tokenizer=tokenizer_path(config),
-                dtype=config.student.export_dtype,
-                entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
-            )
+            export_student(self.model, config, result.export)
             self.checkpoints.wait()
         if result.evaluations:
             _show_evaluations(display, result)
         display.line(f"exported to {result.export}")
         if config.checkpoint.check_export:
             with display.stage("check the export (transformers)"):
-                gap, reply = check_export(self.stream, self.model, result.export, config.log)
+                gap, samples = check_export(self.stream, self.model, result.export)
+            note(self.folder, export_gap=gap, samples=[asdict(sample) for sample in samples])
             display.line(f"transformers' log-probabilities differ from the student's by at most {gap:.1e}")
-            if reply is not None:
-                display.line(f"\nQ: {config.log.sample_prompt}\nA: {reply}")
+            for sample in samples:
+                display.line(f"\nQ: {sample.question}\nA: {sample.answer}")
+        note(self.folder, finished=now(), kept_step=result.kept_step)
+        self.metrics.write(result.steps, display.spent())
+
+    def _report(self) -> None:
+        from kdjax.reporting import write_report  # plots load for seconds, and only where they are wanted
+
+        with self.display.stage("report"):
+            page = write_report(self.folder)
+        self.display.line(f"report: {page}")
 
 
 class _Window:
@@ -234,22 +260,15 @@ class _Window:
         """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window."""
         steps, wall = step - self._first, time.perf_counter() - self._since
         values = {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": self._tokens / wall}
-        values |= {f"seconds/{name}": value / steps for name, value in self._seconds.items()}
+        seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
+        # What neither the wait for a batch nor its placing took, the loop spent on the student.
+        seconds["student"] = max(0.0, seconds["step"] - seconds["waiting"] - seconds["transfer"])
         self._start(step)
-        return values | {"seconds/step": wall / steps}
+        return values | {f"seconds/{name}": value for name, value in seconds.items()}
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _progress_line(step: int, steps: int, values: dict[str, float]) -> str:
-    parts = [f"step {step}/{steps}", f"loss {values['loss']:.4f}"]
-    parts += [f"{name} {values[name]:.4f}" for name in ("kd", "ce") if name in values]
-    parts += [f"lr {values['learning_rate']:.1e}", f"{values['tokens_per_second']:,.0f} tok/s"]
-    shown = {n.removeprefix("seconds/"): v for n, v in values.items() if n.startswith("seconds/")}
-    parts.append(" ".join(f"{name} {value:.2f}s" for name, value in shown.items()))
-    return "  ".join(parts)
 
 
 def _show_evaluations(display: Display, result: Result, columns: int = 7) -> None:
@@ -257,7 +276,7 @@ def _show_evaluations(display: Display, result: Result, columns: int = 7) -> Non
     known = sorted(result.evaluations)
     stride = max(1, -(-(len(known) - 1) // (columns - 1)))
     steps = sorted({*known[::stride], known[-1], result.kept_step} & set(known))
-    names = list(result.evaluations[steps[-1]])
+    names = [name for name in result.evaluations[steps[-1]] if not name.startswith("kl_at/")]
     display.table(
         "held-out rows",
         ["", *(f"step {s}" for s in steps)],

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from bridge.client import start_engine
-from bridge.engine import Prefill, Sampling
-from kdjax.config import LogConfig
+from bridge.engine import Prefill
 from kdjax.errors import UserError
+from kdjax.training.samples import Sample, answer_samples
 
 SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 4, 128
 
@@ -61,10 +61,10 @@ def check_teacher(stream: Any) -> float:
     return float(gap.max())
 
 
-def check_export(stream: Any, model: nnx.Module, folder: Path, log: LogConfig) -> tuple[float, str | None]:
-    """Load the exported folder in plain transformers; compare log-probabilities and answer the sample question.
+def check_export(stream: Any, model: nnx.Module, folder: Path) -> tuple[float, list[Sample]]:
+    """Load the exported folder in plain transformers; compare log-probabilities and answer the sample questions.
 
-    Returns the largest difference in nats on a few documents, and the answer.
+    Returns the largest difference in nats on a few documents, and the answers.
     """
     documents = _sample(stream)
     length = max(len(ids) for ids in documents)
@@ -77,23 +77,13 @@ def check_export(stream: Any, model: nnx.Module, folder: Path, log: LogConfig) -
         ours = np.asarray(_log_probabilities(flat, model.head(), tokens[:, 1:].reshape(-1))).reshape(len(tokens), -1)
     with start_engine(folder, kind="transformers", dtype="float32", log=folder.parent / "export.log") as engine:
         theirs = engine.score(documents)
-        reply = None if log.sample_prompt is None else answer(engine, stream.tokenizer, stream.config, log)
+        samples = answer_samples(engine, stream)
     gap = max(np.abs(o[: len(t)] - t).max() for o, t in zip(ours, theirs, strict=True))
-    return float(gap), reply
-
-
-def answer(engine: Any, tokenizer: Any, config: Any, log: LogConfig) -> str:
-    """Greedy reply to the sample question, through the chat template."""
-    messages = [{"role": "user", "content": log.sample_prompt}]
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, **config.data.template_args
-    )
-    sampling = Sampling(max_new_tokens=log.sample_tokens, temperature=0.0, stop_ids=(tokenizer.eos_token_id,))
-    return tokenizer.decode(engine.generate([np.asarray(ids, np.int32)], sampling)[0].ids, skip_special_tokens=True)
+    return float(gap), samples
 
 
 def _sample(stream: Any) -> list[np.ndarray]:
-    return [ids[:SAMPLE_TOKENS] for ids in stream.sample(SAMPLE_DOCUMENTS)]
+    return [document.ids[:SAMPLE_TOKENS] for document in stream.documents(SAMPLE_DOCUMENTS)]
 
 
 @jax.jit

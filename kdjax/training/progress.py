@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+NOT_PARTS = {"loss", "grad_norm", "loss_tokens", "learning_rate", "tokens_per_second"}
+"""Numbers of a training record that are no part of the loss; those with a slash are none either."""
 
 
 class Display:
@@ -21,19 +26,33 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self._seconds: dict[str, float] = defaultdict(float)
         self._progress: Progress | None = None
         self._task: Any = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show ``name`` while it runs and its seconds when it is done."""
-        start = time.perf_counter()
-        if self.console.is_terminal and self._progress is None:
-            with self.console.status(name):
+        with self.timed(name) as start:
+            if self.console.is_terminal and self._progress is None:
+                with self.console.status(name):
+                    yield
+            else:
                 yield
-        else:
-            yield
         self.line(f"{name:<34} {time.perf_counter() - start:6.1f} s")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[float]:
+        """Count the seconds of a stage without showing it; gives the time at which it started."""
+        start = time.perf_counter()
+        yield start
+        self._seconds[name] += time.perf_counter() - start
+
+    def spent(self) -> dict[str, float]:
+        """``stage/NAME``: the seconds of the stages since this was last asked."""
+        seconds = {f"stage/{name}": value for name, value in self._seconds.items()}
+        self._seconds.clear()
+        return seconds
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -50,9 +69,22 @@ class Display:
             yield
         self._progress = None
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, loss: float) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
+
+    def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        """A line of training: loss and its parts, rates, time left, and where the seconds of a step went."""
+        parts = {name: value for name, value in values.items() if name not in NOT_PARTS and "/" not in name}
+        words = [f"step {step}/{steps}", f"loss {values['loss']:.4f}", *(f"{n} {v:.4f}" for n, v in parts.items())]
+        words += [f"grad {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}"]
+        words += [f"{values['tokens_per_second']:,.0f} tok/s"]
+        seconds = {n.removeprefix("seconds/"): v for n, v in values.items() if n.startswith("seconds/")}
+        whole, teacher = seconds.pop("step"), seconds.pop("teacher", None)
+        shares = " + ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+        words.append(f"{whole:.2f} s/step ({shares}" + (")" if teacher is None else f"; teacher {teacher:.2f})"))
+        words.append(f"eta {timedelta(seconds=round(whole * (steps - step)))}")
+        self.line("  ".join(words))
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left", header_style="bold")

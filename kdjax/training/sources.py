@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from bridge.client import RemoteEngine, start_engine
@@ -25,7 +24,16 @@ from bridge.engine import Prefill
 from bridge.hidden_pool import HiddenPool, Lease
 from kdjax.algorithms.base import Teacher
 from kdjax.config import Config
-from kdjax.data import Batch, DataStream, HostBatch, compare_vocabularies, eval_batches, load_tokenizer, valid_ids
+from kdjax.data import (
+    Batch,
+    DataStream,
+    Document,
+    HostBatch,
+    compare_vocabularies,
+    eval_batches,
+    load_tokenizer,
+    valid_ids,
+)
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.models import teacher_head
@@ -169,11 +177,21 @@ class Stream:
             batches.append(DeviceBatch(arrays, host))
         return batches
 
-    def sample(self, count: int) -> list[np.ndarray]:
-        """int32 ids of ``count`` usable documents near the start of the training data, to compare two engines on."""
+    def documents(self, count: int, *, held_out: bool = False) -> list[Document]:
+        """At most ``count`` usable documents from the start of the training or of the held-out data."""
         data = replace(self.config.data, on_bad_row="skip")
-        hosts = eval_batches(data, self.tokenizer, sources=data.train[:1], max_rows=16 * count, **self._shape)
-        return [placed.document.ids for host in hosts for placed in host.documents][:count]
+        if held_out:
+            data = replace(data, train_on="assistant")
+        sources = data.eval if held_out else data.train[:1]
+        hosts = eval_batches(data, self.tokenizer, sources=sources, max_rows=16 * count, **self._shape)
+        return [placed.document for host in hosts for placed in host.documents][:count]
+
+    def gauges(self) -> dict[str, float]:
+        """How full the pool of hidden rows is now and was at most, as shares, and seconds spent waiting for room."""
+        if self._engine is None:
+            return {}
+        usage = self.pool.usage()
+        return {"pool/used": usage.used / usage.rows, "pool/peak": usage.peak / usage.rows, "pool/waited": usage.waited}
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
         """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flax import nnx
 from jax.sharding import Mesh
 
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import ModelConfig, load_model, resolve
+from kdjax.models import ModelConfig, export_hf, load_model, resolve
 from kdjax.sharding import Rules
 
 
@@ -28,9 +30,12 @@ def tokenizer_path(config: Config) -> str:
     return config.data.tokenizer or student or config.teacher.path or config.student.path
 
 
-def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules()) -> nnx.Module:
+def make_student(
+    config: Config, mesh: Mesh | None = None, rules: Rules = Rules(), *, abstract: bool = False
+) -> nnx.Module:
     """Load, draw, or cut out of the teacher the model that ``config.student`` asks for.
 
+    ``abstract`` makes shapes and shardings only, to be filled from a checkpoint.
     Raises UserError as ``load_model`` does.
     """
     student = config.student
@@ -38,6 +43,7 @@ def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules(
         _path(config),
         mesh=mesh,
         rules=rules,
+        abstract=abstract,
         dtype=student.dtype,
         param_dtype=student.param_dtype,
         init=student.layers if student.init == "layers" else student.init,
@@ -46,6 +52,21 @@ def make_student(config: Config, mesh: Mesh | None = None, rules: Rules = Rules(
         remat=student.remat,
         attention=student.attention,
         unroll=not student.scan_layers,
+    )
+
+
+def export_student(model: nnx.Module, config: Config, out: str | Path, dtype: str | None = None) -> Path:
+    """Write ``model`` as the Hugging Face folder that a run of ``config`` exports; returns the folder.
+
+    ``dtype`` of the stored weights; None takes ``student.export_dtype``. Raises UserError as ``export_hf`` does.
+    """
+    return export_hf(
+        model,
+        out,
+        source=config.student.path or config.teacher.path,
+        tokenizer=tokenizer_path(config),
+        dtype=dtype or config.student.export_dtype,
+        entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
     )
 
 

@@ -1,0 +1,112 @@
+"""Held-out numbers by command, of folders and of checkpoints, and evaluation functions of one's own."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+import kdjax
+from kdjax.config import from_dict
+from kdjax.errors import UserError
+from kdjax.evaluate import evaluate, main
+from kdjax.export import main as export
+from kdjax.training.evaluation import Evaluation, call_evaluations
+from kdjax.training.loop import train
+from kdjax.training.metrics import read_metrics
+from kdjax.training.progress import Display
+
+pytestmark = pytest.mark.usefixtures("devices_as_asked")
+
+
+@pytest.fixture
+def trained(run_values, tmp_path):
+    """The configuration of a run without a teacher that kept each of its checkpoints, its result and its folder."""
+    run_values["teacher"] = {}
+    run_values["data"]["tokenizer"] = run_values["student"]["path"]
+    run_values["checkpoint"] |= {"save_every": 3, "keep": 5}
+    run_values["train"] |= {"keep_best": True, "eval_functions": [own_file(tmp_path), "held_out_width"]}
+    config = from_dict(run_values)
+    return config, train(config, Display(quiet=True)), tmp_path / "run"
+
+
+def own_file(folder):
+    file = folder / "own.py"
+    file.write_text(
+        "import numpy as np\n\n"
+        "def tokens(evaluation):\n"
+        "    documents = [p.document for batch in evaluation.batches for p in batch.host.documents]\n"
+        "    return {'loss': sum(int(d.loss.sum()) for d in documents), 'ce': evaluation.values['ce']}\n"
+    )
+    return f"{file}:tokens"
+
+
+@kdjax.register_evaluation("held_out_width")
+def held_out_width(evaluation: Evaluation) -> float:
+    batch = evaluation.batches[0].arrays
+    hidden = evaluation.model(batch.tokens[0], batch.positions[0], batch.segment_ids[0])
+    return hidden.shape[-1] + 100 * (evaluation.step or 0)
+
+
+def test_checkpoints_and_folders(trained, tmp_path, capsys):
+    """Three ways to the same weights give the same numbers, and functions see the weights of their step."""
+    config, result, run = trained
+    held = [record for record in read_metrics(run / "metrics.jsonl") if "eval/ce" in record]
+    assert [record["eval/held_out_width"] for record in held] == [32, 332, 632]
+    assert all(record["eval/tokens/ce"] == record["eval/ce"] for record in held)
+    assert held[0]["eval/tokens/loss"] == held[2]["eval/tokens/loss"] > 100
+    by_checkpoint = evaluate(config, run=run, step=3)
+    assert by_checkpoint["ce"] == pytest.approx(result.evaluations[3]["ce"], rel=1e-6)
+    assert by_checkpoint["perplexity"] == pytest.approx(np.exp(by_checkpoint["ce"]))
+    assert by_checkpoint["held_out_width"] == 332
+    capsys.readouterr()
+    assert main(["--run", str(run)]) == 0  # its export
+    assert json.loads(capsys.readouterr().out)["ce"] == pytest.approx(result.evaluations[6]["ce"], rel=1e-6)
+    # Exports of a step, of the newest and of the best: tensors of that step and of no other.
+    for name, options in (("three", ["--step", "3"]), ("last", []), ("best", ["--best"])):
+        assert export([str(run), str(tmp_path / name), *options]) == 0
+    three, last, best, whole = (
+        load_file(folder / "model.safetensors")
+        for folder in (*(tmp_path / name for name in ("three", "last", "best")), run / "export")
+    )
+    assert all(np.array_equal(last[name], whole[name]) and np.array_equal(best[name], whole[name]) for name in whole)
+    assert any(not np.array_equal(three[name], whole[name]) for name in whole)
+    capsys.readouterr()
+    assert main(["--config", str(run / "config.yaml"), "--model", str(tmp_path / "three")]) == 0
+    assert json.loads(capsys.readouterr().out)["ce"] == pytest.approx(by_checkpoint["ce"], rel=1e-6)
+    # What is not there is said in one line.
+    for command, words in (
+        (lambda: main(["--run", str(run), "--step", "4"]), "no checkpoint of step 4; there are 3, 6"),
+        (lambda: export([str(run), str(tmp_path / "x"), "--step", "4"]), "no checkpoint of step 4; there are 3, 6"),
+        (lambda: export([str(tmp_path), str(tmp_path / "x")]), "no run is there"),
+    ):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    shutil.rmtree(run / "best")
+    assert export([str(run), str(tmp_path / "x"), "--best"]) == 2
+    assert "train.keep_best" in capsys.readouterr().err
+
+
+def test_functions_are_refused_before_anything_loads(run_values, tmp_path, capsys):
+    run_values["train"]["eval_functions"] = ["held_out_wdith"]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run_values))
+    from kdjax.train import main as command
+
+    assert command(["--config", str(file)]) == 2
+    assert "did you mean 'held_out_width'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="train.eval_functions needs held-out data"):
+        from_dict(run_values | {"data": run_values["data"] | {"eval": []}, "train": {"eval_functions": ["a"]}})
+
+
+def test_a_function_that_returns_no_number(tmp_path):
+    mesh = kdjax.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    about = Evaluation(None, [], (), None, mesh, None, 0, {})
+    file = tmp_path / "own.py"
+    file.write_text("def words(evaluation):\n    return {'a': 'many'}\n")
+    with pytest.raises(UserError, match="must return a number or a mapping of numbers"):
+        call_evaluations([f"{file}:words"], about)

@@ -1,0 +1,53 @@
+"""What a person is told: the same lines in a terminal and in a log, and seconds that add up."""
+
+import io
+import time
+
+from rich.console import Console
+
+from kdjax.training.progress import Display
+
+VALUES = {
+    "loss": 2.5, "kd": 2.25, "ce": 3.5, "grad_norm": 0.75, "loss_tokens": 640.0, "learning_rate": 2e-4,
+    "tokens_per_second": 12345.6, "seconds/teacher": 0.3, "seconds/waiting": 0.1, "seconds/transfer": 0.02,
+    "seconds/step": 0.5, "seconds/student": 0.38, "pool/used": 0.5,
+}  # fmt: skip
+
+
+def shown(terminal: bool) -> str:
+    display, out = Display(), io.StringIO()
+    display.console = Console(file=out, force_terminal=terminal, highlight=False, soft_wrap=True, width=300)
+    with display.stage("teacher (sglang)"):
+        pass
+    with display.bar(200):
+        display.advance(60, 2.5)
+        display.step(60, 200, VALUES)
+    return out.getvalue()
+
+
+def test_a_log_gets_plain_lines():
+    lines = shown(terminal=False).splitlines()
+    assert lines[0].startswith("teacher (sglang)") and lines[0].endswith("0.0 s")
+    assert lines[1:] == [
+        "step 60/200  loss 2.5000  kd 2.2500  ce 3.5000  grad 0.75  lr 2.0e-04  12,346 tok/s  "
+        "0.50 s/step (waiting 0.10 + transfer 0.02 + student 0.38; teacher 0.30)  eta 0:01:10"
+    ]
+
+
+def test_a_terminal_gets_the_same_lines_and_a_bar():
+    out = shown(terminal=True)
+    assert "step 60/200  loss 2.5000  kd 2.2500" in out and "eta 0:01:10" in out
+    assert "60/200" in out.replace("step 60/200", "") and "\x1b[" in out
+
+
+def test_seconds_are_given_out_once():
+    display = Display(quiet=True)
+    with display.stage("load"):
+        time.sleep(0.02)
+    for _ in range(2):
+        with display.timed("evaluation"):
+            time.sleep(0.01)
+    first = display.spent()
+    assert set(first) == {"stage/load", "stage/evaluation"}
+    assert 0.02 <= first["stage/load"] < 1 and first["stage/evaluation"] >= 0.02
+    assert display.spent() == {}

@@ -1,0 +1,60 @@
+"""The recipes parse, every line of their table too, and the two files run at toy size."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from kdjax.config import load_config
+from kdjax.models import load_model
+from kdjax.train import parse
+from kdjax.training.loop import train
+from kdjax.training.metrics import read_metrics
+from kdjax.training.progress import Display
+
+pytestmark = pytest.mark.usefixtures("devices_as_asked")
+FILES = ("qwen3_30b_a3b_to_4b", "qwen3_4b_sft")
+
+
+def test_the_table_names_every_file_and_parses(root, monkeypatch):
+    monkeypatch.chdir(root)
+    folder = root / "configs" / "recipes"
+    commands = re.findall(r"`(--config [^`]+)`", (folder / "README.md").read_text())
+    configs = [parse(shlex.split(command)) for command in commands]
+    assert {shlex.split(command)[1] for command in commands} == {
+        f"configs/recipes/{p.name}" for p in folder.glob("*.yaml")
+    }
+    assert len({config.output for config in configs}) == len(configs) == 7
+    assert all(config.data.max_len == 4096 for config in configs)
+    for config in configs:
+        devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+        assert devices == 8 and config.train.batch_size // config.train.accumulate % devices == 0
+    assert parse([*shlex.split(commands[0]), "teacher.quantization=fp8"]).teacher.quantization == "fp8"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_runs_at_toy_size(root, tiny_teacher, tmp_path, name):
+    """Paths and sizes are replaced; numbers' types, rematerialisation, sharding and the rest stay the recipe's."""
+    rows = (root / "examples" / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:24]
+    file = tmp_path / "rows.jsonl"
+    turns = [{"human": row["question"], "gpt": row["answer"]} for row in map(json.loads, rows)]
+    file.write_text(
+        "".join(json.dumps({"conversations": [{"from": w, "value": v} for w, v in t.items()]}) + "\n" for t in turns)
+    )
+    smaller = [f"output={tmp_path}/run", f"student.path={tiny_teacher}", "data.max_len=64", "mesh.fsdp=2"]
+    smaller += ["train.batch_size=4", "train.steps=2", "train.eval_every=2", "train.eval_rows=2", "log.every=1"]
+    smaller += ["log.tensorboard=false", "log.report=false", "checkpoint.check_export=false"]
+    for side in ("train", "eval"):
+        smaller += [f"data.{side}.0.path={file}", f"data.{side}.0.split=null"]
+    config = load_config(root / "configs" / "recipes" / f"{name}.yaml")
+    if config.teacher.path is not None:
+        smaller += [f"teacher.path={tiny_teacher}", "teacher.engine=transformers"]
+    config = load_config(root / "configs" / "recipes" / f"{name}.yaml", smaller)
+    result = train(config, Display(quiet=True))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert ("eval/kl" in records[0]) == (config.teacher.path is not None)
+    assert load_model(result.export, abstract=True).config.hidden_size == 48
