@@ -1,12 +1,13 @@
-"""make the arithmetic task: sums of three to five numbers, worked out one addition at a time, and their tokenizer.
+"""make the arithmetic task: sums of four to seven numbers, worked out one addition at a time, and their tokenizer.
 
     python examples/arithmetic/make.py                    # rewrites train.jsonl, eval.jsonl and tokenizer/ beside it
     python examples/arithmetic/make.py --teacher 60000    # and runs/arithmetic/teacher.jsonl, to train the teacher on
 
-    prompt    37+58+46
-    response  37+58=95
-              95+46=141
-              #### 141
+    prompt    17+28+6+30
+    response  17+28=45
+              45+6=51
+              51+30=81
+              #### 81
 
 No prompt stands in two files. The seed decides everything, so the teacher's rows need not be shipped.
 """
@@ -57,7 +58,7 @@ def problems(seed: int) -> Iterator[dict[str, str]]:
     """distinct rows without end"""
     draw, seen = random.Random(seed), set()
     while True:
-        numbers = [draw.randint(10, 99) for _ in range(draw.randint(3, 5))]
+        numbers = [draw.randint(1, 30) for _ in range(draw.randint(4, 7))]
         prompt = "+".join(map(str, numbers))
         if prompt not in seen:
             seen.add(prompt)

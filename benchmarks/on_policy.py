@@ -1,0 +1,149 @@
+"""Does a student learn more from its own answers than from given ones? Exact match on held-out sums, several seeds.
+
+    python -m benchmarks.on_policy                        # under an hour on two cores
+    python -m benchmarks.on_policy --only-table           # write the table anew from the committed results
+
+One student, distilled off-policy for ``WARM_STEPS``, is where every run starts. Each method then takes as many steps
+with as many responses a step, so that all train on nearly the same number of tokens, which is recorded. The learning
+rate of each is the best of the same ``RATES`` on held-out rows and a seed that are used for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.record import record
+from kdjax.config import load_config
+from kdjax.tasks import evaluate_task
+from kdjax.training.progress import Display
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "arithmetic.yaml"
+RUNS = ROOT / "runs" / "benchmark" / "on_policy"
+RESULT = ROOT / "benchmarks" / "results" / "on_policy.json"
+README = ROOT / "README.md"
+MARK = "<!-- on-policy table: python -m benchmarks.on_policy -->"
+
+WARM_STEPS, STEPS, RESPONSES = 300, 150, 32
+RATES = (3e-4, 1e-3, 3e-3)
+TUNING_SEED, TUNING_ROWS = 100, "[:300]"
+TEST_ROWS = "[300:]"
+
+METHODS = {
+    "off_policy": ("distill.loss=kl",),
+    "off_policy_rkl": ("distill.loss=rkl",),
+    "on_policy": ("distill.loss=rkl", "distill.on_policy_fraction=1.0"),
+    "mixed": ("distill.loss=rkl", "distill.on_policy_fraction=0.5"),
+}
+NAMES = {
+    "off_policy": "off-policy, forward KL",
+    "off_policy_rkl": "off-policy, reverse KL",
+    "on_policy": "**on-policy, reverse KL**",
+    "mixed": "half and half (λ = 0.5), reverse KL",
+}
+
+
+def train(out: Path, *overrides: str) -> dict[str, float]:
+    """Run the configuration; returns the tokens it trained on and the seconds its steps took."""
+    command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), f"output={out}", "overwrite=true"]
+    command += [
+        "log.every=1",
+        "checkpoint.check_export=false",
+        "train.eval_every=null",
+        "train.eval_rows=1",
+        *overrides,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss_tokens" in r]
+    return {"tokens": sum(r["loss_tokens"] for r in steps), "seconds": sum(r["seconds/step"] for r in steps)}
+
+
+def exact_match(model: Path | str, rows: str, out: Path) -> float:
+    """Share of the held-out rows that ``model`` answers rightly, greedily."""
+    source = {"path": "examples/arithmetic/eval.jsonl", "split": rows}
+    config = load_config(CONFIG, [f"data.eval={json.dumps([source])}", f"output={out}"])
+    return evaluate_task(config, model, "gsm8k", display=Display(quiet=True))["accuracy"]
+
+
+def run(method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str, Any]:
+    """One method from the common student on; returns its exact match, tokens and seconds."""
+    out = RUNS / f"{method}-{rate:g}-{seed}"
+    shape = [f"train.batch_size={RESPONSES}", f"rollout.prompts={RESPONSES}", "data.packing=false"]
+    start = [f"student.path={RUNS / 'warm' / 'export'}", "student.init=pretrained", "student.config={}"]
+    schedule = [f"train.steps={steps}", f"train.learning_rate={rate}", f"train.min_lr={rate / 10}"]
+    result = train(out, *shape, *start, *schedule, f"train.seed={seed}", *METHODS[method])
+    result |= {"seed": seed, "rate": rate, "exact_match": exact_match(out / "export", rows, out)}
+    print(f"{method} rate {rate:g} seed {seed}: {json.dumps(result)}", flush=True)
+    return result
+
+
+def measure(seeds: list[int], steps: int, rates: list[float], methods: list[str]) -> dict[str, Any]:
+    train(RUNS / "warm", f"train.steps={WARM_STEPS}", "train.seed=0")
+    found: dict[str, Any] = {"seeds": seeds, "steps": steps, "responses_a_step": RESPONSES, "rates": rates}
+    found["teacher"] = exact_match(load_config(CONFIG).teacher.path, TEST_ROWS, RUNS / "teacher")
+    found["start"] = exact_match(RUNS / "warm" / "export", TEST_ROWS, RUNS / "warm")
+    print(f"teacher {found['teacher']:.3f}, common student {found['start']:.3f}", flush=True)
+    found["tuning"] = {m: [run(m, rate, TUNING_SEED, steps, TUNING_ROWS) for rate in rates] for m in methods}
+    found["runs"] = {}
+    for method, tried in found["tuning"].items():
+        best = max(tried, key=lambda result: result["exact_match"])["rate"]
+        found["runs"][method] = [run(method, best, seed, steps, TEST_ROWS) for seed in seeds]
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table of means ± standard deviations over the seeds."""
+
+    def row(method: str, entries: list[dict]) -> str:
+        values = [100 * entry["exact_match"] for entry in entries]
+        spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+        tokens, seconds = (mean(entry[key] for entry in entries) for key in ("tokens", "seconds"))
+        rate = entries[0]["rate"]
+        return (
+            f"| {NAMES[method]} | {rate:g} | {tokens / 1e3:,.0f} k | {seconds:.0f} s | {mean(values):.1f}{spread} % |"
+        )
+
+    machine, seeds = result["machine"], ", ".join(map(str, result["seeds"]))
+    return "\n".join(
+        [
+            "| | learning rate | tokens trained on | training | exact match |",
+            "|---|---|---|---|---|",
+            f"| teacher | | | | {100 * result['teacher']:.1f} % |",
+            f"| common student, before | | | | {100 * result['start']:.1f} % |",
+            *(row(method, entries) for method, entries in result["runs"].items()),
+            "",
+            f"Mean ± standard deviation over seeds {seeds}; {machine['cpu']}, {machine['cores']} cores.",
+        ]
+    )
+
+
+def write_table(result: dict[str, Any]) -> None:
+    """Replace what stands between the two marks in the README."""
+    before, _, rest = README.read_text().partition(MARK)
+    _, _, after = rest.partition(MARK)
+    README.write_text(f"{before}{MARK}\n\n{table(result)}\n\n{MARK}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every method, behind the common student")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--only-table", action="store_true", help="measure nothing, write the README's table")
+    arguments = parser.parse_args()
+    if not arguments.only_table:
+        record(RESULT, measure(arguments.seeds, arguments.steps, arguments.rates, arguments.methods))
+    write_table(json.loads(RESULT.read_text()))
+
+
+if __name__ == "__main__":
+    main()

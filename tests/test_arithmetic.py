@@ -1,0 +1,67 @@
+"""The arithmetic task as shipped: what its script makes, rows that are right and apart, a small teacher and student."""
+
+import importlib.util
+import itertools
+import json
+
+import jax
+import pytest
+from data_tools import ROOT
+from flax import nnx
+
+from kdjax.config import load_config
+from kdjax.data import load_tokenizer
+from kdjax.models import load_model
+from kdjax.rewards import find_reward
+
+FOLDER = ROOT / "examples" / "arithmetic"
+
+
+@pytest.fixture(scope="module")
+def make():
+    spec = importlib.util.spec_from_file_location("make_arithmetic", FOLDER / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(name):
+    return [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
+
+
+def test_the_script_makes_what_is_shipped(make):
+    made = make.problems(0)
+    assert list(itertools.islice(made, 1000)) == rows("eval.jsonl")
+    assert list(itertools.islice(made, 2000)) == rows("train.jsonl")
+    prompts = [row["prompt"] for row in itertools.chain(rows("eval.jsonl"), rows("train.jsonl"))]
+    assert len(set(prompts)) == len(prompts) == 3000
+    assert make.tokenizer().get_vocab() == load_tokenizer(FOLDER / "tokenizer").get_vocab()
+
+
+def test_every_line_of_every_response_is_true():
+    for row in rows("eval.jsonl"):
+        *steps, last = row["response"].splitlines()
+        total = sum(map(int, row["prompt"].split("+")))
+        assert last == f"#### {total}" and len(steps) == row["prompt"].count("+")
+        for step, following in itertools.pairwise([*steps, f"{total}+"]):
+            left, result = step.split("=")
+            assert sum(map(int, left.split("+"))) == int(result) == int(following.split("+")[0])
+        assert find_reward("gsm8k")(row["prompt"], row["response"], {"answer": row["response"]}) == 1.0
+
+
+def test_a_character_is_a_token():
+    tokenizer = load_tokenizer(FOLDER / "tokenizer")
+    text = "17+28=45\n#### 45 ~\\\"}"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and len(tokenizer(text)["input_ids"]) == len(text)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("é<|end|>")["input_ids"]) == ["<|unknown|>", "<|end|>"]
+
+
+def test_the_student_is_a_quarter_of_the_teacher_at_most():
+    def count(model):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+    student = load_config(ROOT / "configs" / "arithmetic.yaml").student
+    big = count(load_model(FOLDER / "teacher", abstract=True))
+    small = count(load_model(student.path, abstract=True, config=dict(student.config), init="random"))
+    assert 4 * small <= big < 1e6
+    assert (FOLDER / "teacher" / "model.safetensors").stat().st_size < 4e6
