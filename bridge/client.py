@@ -173,15 +173,23 @@ class RemoteEngine:
 
     def close(self, timeout: float = 20.0) -> None:
         """end the engine's processes; what does not end within `timeout` seconds is killed. Idempotent."""
-        with self._turn:
+        mine = self._turn.acquire(timeout=timeout)  # else a call hangs in another thread, and ends with the engine
+        try:
             server = self._server
-            if server is not None and server.ready:
+            if mine and server is not None and server.ready:
                 try:
                     self._call("close", (), timeout)
                     server.process.wait(timeout)
                 except (EngineError, subprocess.TimeoutExpired):
                     pass  # it is gone already, or is made to go now
             self._stop()
+        finally:
+            if mine:
+                self._turn.release()
+
+    def kill(self) -> None:
+        """end the engine's processes at once, whoever waits for an answer: that call raises EngineError"""
+        self._stop()
 
     def __enter__(self) -> "RemoteEngine":
         return self
@@ -267,7 +275,7 @@ class RemoteEngine:
         ) from None
 
     def _died(self, server: "_Server", what: str) -> None:
-        status = server.destroy()
+        status = server.destroy() or "stopped by its trainer"
         self._server = None
         raise EngineError(f"{self._name()} died ({status}) during {what}\n{self._tail()}") from None
 

@@ -5,11 +5,11 @@ python -m docs.generate            # run in the repository's root
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from kdjax.config import reference
+from kdjax.wording import as_yaml, kind_in_words
 
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 
@@ -48,15 +48,14 @@ TITLES = {
     "log": ("log", "What is shown and recorded. More: [Watching](watching.md)."),
 }
 
-NAMES = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Any": "any", "None": "null"}
-
 
 def page() -> str:
     """The whole page, as it should stand in docs/configuration.md."""
     groups: dict[str, list[str]] = {}
     for name, kind, default, meaning in reference():
         group = name.rpartition(".")[0]
-        groups.setdefault(group, []).append(f"| `{name}` | {_kind(kind)} | {_value(default)} | {_cell(meaning)} |")
+        row = f"| `{name}` | {kind_in_words(kind)} | {_value(default)} | {_cell(meaning)} |"
+        groups.setdefault(group, []).append(row)
     parts = [OPENING]
     for group in sorted(groups, key=_place):
         title, text = TITLES.get(group, (group, ""))
@@ -70,32 +69,8 @@ def _place(group: str) -> int:
     return order.index(group) if group in order else len(order)
 
 
-def _kind(kind: str) -> str:
-    """The type in words: ``tuple[int, ...]`` is a list of whole numbers."""
-    kind = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", kind)
-    kind = re.sub(r"Literal\[([^]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), kind)
-    words = []
-    for part in kind.split(" | "):
-        if many := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", part):
-            words.append(f"list of {NAMES.get(many[1], many[1])}s")
-        elif pair := re.fullmatch(r"tuple\[(\w+), \w+\]", part):
-            words.append(f"pair of {NAMES.get(pair[1], pair[1])}s")
-        elif part.startswith("dict["):
-            words.append("mapping")
-        else:
-            words.append(NAMES.get(part, part if part == "list" else f"`{part}`"))
-    return " or ".join(words) if len(words) < 3 else ", ".join(words)
-
-
 def _value(default: Any) -> str:
-    """The default as it is written in YAML."""
-    if default == "required":
-        return "required"
-    if default is None or isinstance(default, bool):
-        return f"`{'null' if default is None else str(default).lower()}`"
-    if isinstance(default, (tuple, list)):
-        return f"`[{', '.join(map(str, default))}]`"
-    return f"`{default or '{}'}`" if isinstance(default, dict) else f"`{default}`"
+    return default if default == "required" else f"`{as_yaml(default)}`"
 
 
 def _cell(text: str) -> str:

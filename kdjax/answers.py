@@ -123,7 +123,10 @@ class Answers:
         with self._engine(log) as engine:
             with display.stage(f"engine ({self.config.teacher.engine})"):
                 engine.wait_ready()
-            with Interrupt() as interrupt, _Progress(display, len(self.questions), self._done) as progress:
+            with (
+                Interrupt(display.line, lambda: engine.kill()) as interrupt,
+                _Progress(display, len(self.questions), self._done) as progress,
+            ):
                 while not self.complete:
                     if interrupt.asked:
                         raise UserError(

@@ -1,4 +1,4 @@
-"""``python -m kdjax.export RUN OUT``: a Hugging Face folder from a checkpoint of a run, by default its newest."""
+"""``python -m kdjax.export RUN OUT``: a Hugging Face folder of a run's best weights, or its newest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ def export(
 
     Args:
         dtype: of the stored weights; None takes ``student.export_dtype``.
-        step: of which checkpoint; None takes the newest.
-        best: the weights of the best evaluation instead, where ``train.keep_best`` kept them.
+        step: of which checkpoint; None takes what the run itself would export: with ``train.keep_best`` the weights of
+            the best evaluation so far, else those of the newest whole checkpoint.
+        best: insist on the weights of the best evaluation.
     """
     # jax is imported only once the command line holds
     from kdjax.training.saved import load_saved, run_config
     from kdjax.training.student import export_student
 
     config = run_config(Path(run))
+    best = best or (step is None and config.train.keep_best and (Path(run) / "best").is_dir())
     return export_student(load_saved(Path(run), config, step=step, best=best), config, out, dtype)
 
 

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 
 from bridge.errors import EngineError
 from kdjax.config import Config, load_config, reference, to_yaml
+from kdjax.disk import why_full
 from kdjax.errors import UserError
+from kdjax.quiet import quiet
+from kdjax.wording import as_yaml, kind_in_words
 
 
 def parse(argv: Sequence[str] | None = None) -> Config | None:
@@ -33,11 +36,18 @@ def parse(argv: Sequence[str] | None = None) -> Config | None:
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; what a person can mend becomes one line on standard error and exit code 2."""
     try:
-        command()
+        with quiet():
+            command()
     except (UserError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if why_full(error) is None:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; free space and try again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -54,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keys() -> str:
-    lines = ["configuration keys (name = default: meaning):"]
+    lines = ["configuration keys, their defaults as YAML, what they take and mean:"]
     for name, kind, default, meaning in reference():
-        lines.append(f"  {name} = {default}  ({kind})\n      {meaning}")
+        lines.append(f"  {name}: {as_yaml(default)}  ({kind_in_words(kind)})\n      {meaning}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from kdjax.algorithms import Teacher, make_algorithm
 from kdjax.config import from_dict
-from kdjax.data import Batch, Document, collate
+from kdjax.data import Batch, Document, HostBatch, collate
 from kdjax.losses import Head
 from kdjax.models import load_model
 from kdjax.sharding import make_mesh
@@ -49,6 +50,11 @@ def documents(seed: int, count: int = 14) -> list[Document]:
 
 def host_batch(seed: int, accumulate: int = 1, shards: int = 1) -> Batch:
     """A global batch of ROWS packed rows as numpy, teacher rows included; the same documents however it is cut."""
+    return host(seed, accumulate, shards).batch
+
+
+def host(seed: int, accumulate: int = 1, shards: int = 1, loud: Sequence[int] = ()) -> HostBatch:
+    """The same with its documents; teacher rows of those in ``loud`` are a hundred times as large."""
     made = documents(seed)
     rows = [made[i : i + 2] for i in range(0, len(made), 2)]
     host = collate(rows, batch=ROWS // accumulate, seq_len=S, accumulate=accumulate, shards=shards)
@@ -58,8 +64,9 @@ def host_batch(seed: int, accumulate: int = 1, shards: int = 1) -> Batch:
     hidden = np.zeros((accumulate, groups, size, E), np.float32)
     for p in host.documents:
         rows_of = p.document.loss_rows
-        hidden[p.micro, p.shard, p.offset : p.offset + len(rows_of)] = states[p.document.source][rows_of]
-    return replace(batch, teacher_hidden=(hidden.reshape(accumulate, groups * size, E),))
+        scale = 100 if p.document.source in {made[i].source for i in loud} else 1
+        hidden[p.micro, p.shard, p.offset : p.offset + len(rows_of)] = scale * states[p.document.source][rows_of]
+    return replace(host, batch=replace(batch, teacher_hidden=(hidden.reshape(accumulate, groups * size, E),)))
 
 
 def teacher() -> Teacher:

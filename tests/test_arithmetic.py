@@ -51,7 +51,7 @@ def test_every_line_of_every_response_is_true():
 
 def test_a_character_is_a_token():
     tokenizer = load_tokenizer(FOLDER / "tokenizer")
-    text = "17+28=45\n#### 45 ~\\\"}"
+    text = '17+28=45\n#### 45 ~\\"}'
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and len(tokenizer(text)["input_ids"]) == len(text)
     assert tokenizer.convert_ids_to_tokens(tokenizer("é<|end|>")["input_ids"]) == ["<|unknown|>", "<|end|>"]
 

@@ -35,12 +35,11 @@ def open_rows(path: str, split: str | None = None) -> Rows:
     ending says.
     """
     name, bounds = _parse_split(split, path)
+    refuse_missing(path)
     file = Path(path)
     if file.is_dir():
         rows = _saved(file, name)
     elif file.suffix.lower() in KINDS:
-        if not file.is_file():
-            raise UserError(f"{path}: no such file")
         if file.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty")
         if name:
@@ -48,15 +47,23 @@ def open_rows(path: str, split: str | None = None) -> Rows:
         rows = _OPENERS[file.suffix.lower()](file)
     elif file.exists():
         raise UserError(f"{path}: unknown kind of file {file.suffix!r}; known are {', '.join(KINDS)}")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?|[\w-]+(:[\w.-]+)?", path):
-        rows = _hub(path, name)
     else:
-        raise UserError(f"{path}: no such file, folder or hub dataset")
+        rows = _hub(path, name)
     if bounds is not None:
         rows = RowRange(rows, _resolve(bounds[0], len(rows), 0), _resolve(bounds[1], len(rows), len(rows)))
     if len(rows) == 0:
         raise UserError(f"{path}{f' ({split})' if split else ''}: the dataset has no rows")
     return rows
+
+
+def refuse_missing(path: str) -> None:
+    """Raise UserError where ``path`` is no file or folder and cannot be a hub dataset either. Opens nothing."""
+    if Path(path).exists():
+        return
+    if Path(path).suffix.lower() in KINDS:
+        raise UserError(f"{path}: no such file")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?|[\w-]+(:[\w.-]+)?", path):
+        raise UserError(f"{path}: no such file, folder or hub dataset")
 
 
 class RowRange:
@@ -255,6 +262,7 @@ def _datasets() -> Any:
     import datasets  # slow to import, and only some sources need it
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it also raises
     return datasets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ class RowReader:
                 raise RowError("teacher_input_key needs a conversation that ends with the assistant")
             prompt = _messages(_column(row, self.teacher_input_key), self.teacher_input_key)
             teacher = self._with_system((*prompt, messages[-1]))
-        tools = row.get("tools")
+        tools = row.get("tools") or None
+        tools = _from_json(tools) if isinstance(tools, str) else tools
         if tools is not None and not isinstance(tools, list):
             raise RowError(f"column 'tools' holds {_kind(tools)}, expected a list of tool descriptions")
         return Example(messages=self._with_system(messages), tools=tools or None, teacher=teacher)
@@ -149,9 +151,11 @@ def _text(row: Row, key: str) -> str:
 
 
 def _messages(value: Any, key: str, *, string: bool = True) -> tuple[Message, ...]:
-    """Messages from a list of {role, content} or {from, value}; with ``string``, a text is one user message."""
+    """Messages from a list of {role, content} or {from, value}, or its JSON; with ``string``, a text is one user's."""
     if string and isinstance(value, str):
         return ({"role": "user", "content": value},)
+    if isinstance(value, str):  # a CSV file has no lists: they stand in it as JSON
+        value = _from_json(value)
     if not isinstance(value, list) or not value:
         wanted = "text or a list of messages" if string else "a list of messages"
         raise RowError(f"column {key!r} holds {_kind(value)}, expected {wanted}")
@@ -176,6 +180,13 @@ def _messages(value: Any, key: str, *, string: bool = True) -> tuple[Message, ..
             raise RowError(f"column {key!r}: message {i} has {_kind(content)} for content, expected text")
         messages.append(message)
     return tuple(messages)
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _kind(value: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kdjax.disk import free_bytes, size_text, why_full
 from kdjax.errors import UserError
 from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, resolve
 from kdjax.models.config import read_json
@@ -36,6 +37,7 @@ GENERATION = "generation_config.json"
 _TAGS = {str(dtype): tag for tag, dtype in FILE_DTYPES.items()}
 # What a source's config.json says of itself and not of the student.
 _STALE = ("quantization_config", "auto_map", "layer_types", "max_window_layers", "transformers_version")
+_LEFT = re.compile(r"\.(.+)\.\d+\.(?:tmp|old)")
 _KNOWN_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")
 
 
@@ -73,7 +75,8 @@ def export_hf(
     shards = _plan(model, dtype, max_shard_bytes)
     needed = sum(size for shard in shards for _, _, size in shard)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(out, needed)
+    if free_bytes(out.parent) < needed:
+        raise _full(out, needed)
     work = out.parent / f".{out.name}.{os.getpid()}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -82,12 +85,29 @@ def export_hf(
         _write_texts(work, model, dtype, base, texts, entries or {})
         _swap(work, out)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"export: no space left while writing {out}; it needs {_size(needed)}") from None
+        if why_full(error):
+            shutil.rmtree(work, ignore_errors=True)  # so that what is free is what the next attempt finds
+            raise _full(out, needed, f"{why_full(error)}: ") from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def recover_exports(folder: Path) -> None:
+    """Undo what exports that were killed left in ``folder``: half-written ones go, a replaced one comes back.
+
+    Only for a folder that nobody else writes to.
+    """
+    for work in folder.glob(".*.tmp"):
+        if _LEFT.fullmatch(work.name):
+            shutil.rmtree(work) if work.is_dir() else work.unlink()
+    for old in folder.glob(".*.old"):
+        if match := _LEFT.fullmatch(old.name):
+            if (folder / match[1]).exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(folder / match[1])
 
 
 Planned = tuple[str, tuple[int, ...], int]
@@ -173,14 +193,11 @@ def _others(entries: Iterable[Path]) -> list[str]:
     return sorted(p.name for p in entries if p.is_dir() or p.suffix not in _KNOWN_SUFFIXES)
 
 
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise UserError(f"export: {out} needs {_size(needed)}, the disk has {_size(free)} free")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _full(out: Path, needed: int, why: str = "") -> UserError:
+    survivor = f"; the earlier {out.name} is untouched" if out.exists() else ""
+    return UserError(
+        f"export: {why}{out} needs {size_text(needed)}, the disk has {size_text(free_bytes(out.parent))} free{survivor}"
+    )
 
 
 def _swap(work: Path, out: Path) -> None:

@@ -17,11 +17,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from bridge.errors import EngineError
 from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import export_hf, load_model
 from kdjax.training.about import machine, note, now
+from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
 from kdjax.training.folder import RunFolder
@@ -61,6 +63,7 @@ class _Run:
         self.folder = Path(config.output)
         self.result = Result(0, self.folder / "export")
         self.position: dict[str, Any] = {}
+        self.fault: EngineError | UserError | None = None
 
     def run(self) -> Result:
         config, display = self.config, self.display
@@ -68,11 +71,12 @@ class _Run:
         check_evaluations(config.train.eval_functions)
         check_log(config.log)
         with (
-            RunFolder(config),
+            RunFolder(config) as self.run_folder,
             self._open_stream() as self.stream,
             Checkpoints(self.folder / "checkpoints", config.checkpoint) as self.checkpoints,
         ):
             self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
+            held_out = self.stream.held_out()  # read now: the teacher is still starting, and faults are known early
             with display.stage("student"):
                 self.model = make_student(config, self.stream.mesh)
                 algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
@@ -85,13 +89,13 @@ class _Run:
                         check_teacher(self.stream)
             start = self._resume()
             with display.stage("held-out rows"):
-                self.held_out = self.stream.evaluation() if config.data.eval else []
+                self.held_out = self.stream.evaluation(held_out)
             self.evaluate = Evaluator(self.model, self.stream.teachers, self.stream.mesh)
             with Metrics(self.folder, config, start) as self.metrics:
                 self._describe(start)
                 if start == 0:
                     self._evaluate(0)
-                with display.bar(self.steps, start), Interrupt() as self.interrupt:
+                with display.bar(self.steps, start), Interrupt(display.line, self._leave_at_once) as self.interrupt:
                     self._loop(start)
                 self._finish()
         if config.log.report:
@@ -100,7 +104,7 @@ class _Run:
 
     def _open_stream(self) -> Stream:
         with self.display.stage("tokenizer and data"):
-            return Stream(self.config, log=self.folder / "engine.log")
+            return Stream(self.config, log=self.folder / "engine.log", tell=self.display.line)
 
     def _describe(self, start: int) -> None:
         size = sum(x.size for x in jax.tree.leaves(nnx.state(self.model, nnx.Param)))
@@ -112,9 +116,10 @@ class _Run:
         if self.checkpoints.latest is None:
             return 0
         with self.display.stage(f"resume from step {self.checkpoints.latest}"):
-            state, meta = self.checkpoints.restore(self.step.state)
+            state, meta = self.checkpoints.restore(self.step.state, self.display.line)
             self.step.restore(state)
             self.stream.restore(meta["position"])
+            self.position = meta["position"]
         self.result.steps = int(state["step"])
         self.result.evaluations = {int(step): values for step, values in meta["evaluations"].items()}
         return self.result.steps
@@ -125,21 +130,21 @@ class _Run:
             return
         with display.stage("compile"):
             pending = self._dispatch()
+        if pending is None:
+            raise self.fault or UserError(f"{self.interrupt.asked}: nothing new to save; run the same command again")
         self.metrics.write(done, display.spent())
         window = _Window(config, self.steps, done)
         for number in range(done + 1, self.steps + 1):
             batch, values = pending
             last = number == self.steps
-            stop = self.interrupt.asked
             evaluate = not last and _due(number, config.train.eval_every)
-            save = stop or _due(number, config.checkpoint.save_every)
+            save = _due(number, config.checkpoint.save_every)
             # The next step is dispatched before this one is looked at, so that looking never makes the device wait;
             # not where the state of this very step is still needed.
-            ahead = not (last or evaluate or save)
-            if ahead:
-                pending = self._dispatch()
+            pending = None if last or evaluate or save else self._dispatch()
             values = {name: float(value) for name, value in jax.device_get(values).items()}
-            self._refuse_nonsense(number, values)
+            self._refuse_nonsense(number, values, batch)
+            self.run_folder.keep()
             self.position, self.result.steps = batch.host.state, number
             display.advance(number, values["loss"])
             window.add(batch)
@@ -153,23 +158,40 @@ class _Run:
                     return
                 if save:
                     self._save(number)
-            if stop and not last:
-                self.checkpoints.wait()
-                raise UserError(f"{stop}: saved step {number}; run the same command again to go on")
-            if not (ahead or last):
+            if pending is None and not last:
                 pending = self._dispatch()
+                if pending is None:
+                    self._save(number)
+                    self.checkpoints.wait()
+                    saved = f"saved step {number}; run the same command again to go on"
+                    if isinstance(self.fault, EngineError):
+                        raise EngineError(f"{self.fault}\n{saved}")
+                    raise UserError(f"{self.fault or self.interrupt.asked}: {saved}")
 
-    def _dispatch(self) -> tuple[DeviceBatch, dict[str, jax.Array]]:
-        batch = next(self.stream)
-        return batch, self.step(batch)
+    def _dispatch(self) -> tuple[DeviceBatch, dict[str, jax.Array]] | None:
+        """Take a batch and start its step; None where the run was asked to stop, or for a ``fault``."""
+        try:
+            over = self.interrupt.asked or self.fault
+            batch = None if over else self.stream.take(lambda: self.interrupt.asked)
+        except (EngineError, UserError) as error:
+            self.fault, batch = error, None  # what was learnt up to here is saved first
+        return None if batch is None else (batch, self.step(batch))
 
-    def _refuse_nonsense(self, number: int, values: dict[str, float]) -> None:
-        if not math.isfinite(values["loss"] + values["grad_norm"]):
-            saved = self.checkpoints.latest
-            raise UserError(
-                f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}; lower train.learning_rate"
-                + (f" and go on from the checkpoint of step {saved}" if saved else "")
-            )
+    def _leave_at_once(self) -> None:
+        self.stream.kill()
+        self.display.line("leaving at once; the same command goes on from the newest checkpoint")
+        self.display.console.show_cursor()
+
+    def _refuse_nonsense(self, number: int, values: dict[str, float], batch: DeviceBatch) -> None:
+        if values.pop("teacher_bad_rows", 0.0) == 0 and math.isfinite(values["loss"] + values["grad_norm"]):
+            return
+        what, places = blame(self.step, batch)
+        where = f"; it comes from {', '.join(places)}" if places else "; no document fails by itself"
+        mend = "look at the teacher" if "teacher" in what else "lower train.learning_rate, or look at those rows"
+        raise UserError(
+            f"step {number}: {what} not finite (loss {values['loss']}, gradient norm {values['grad_norm']}){where}; "
+            f"{self.checkpoints.newest()}; {mend}"
+        )
 
     def _evaluate(self, step: int) -> bool:
         """Held-out numbers of the weights as they are; True when patience has run out."""
@@ -213,6 +235,7 @@ class _Run:
         with display.stage("export"):
             export_student(self.model, config, result.export)
             self.checkpoints.wait()
+        self.run_folder.keep()
         if result.evaluations:
             _show_evaluations(display, result)
         display.line(f"exported to {result.export}")
@@ -225,6 +248,8 @@ class _Run:
                 display.line(f"\nQ: {sample.question}\nA: {sample.answer}")
         note(self.folder, finished=now(), kept_step=result.kept_step)
         self.metrics.write(result.steps, display.spent())
+        evaluations = {str(step): values for step, values in sorted(result.evaluations.items())}
+        self.run_folder.finish({"steps": result.steps, "kept_step": result.kept_step, "evaluations": evaluations})
 
     def _report(self) -> None:
         from kdjax.reporting import write_report  # plots load for seconds, and only where they are wanted

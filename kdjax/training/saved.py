@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -44,12 +46,13 @@ def load_saved(
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}/checkpoints holds no checkpoint; train first, or set checkpoint.save_every")
-    with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
+    tell = partial(print, file=sys.stderr)
+    with Checkpoints(run / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         known = checkpoints.steps
         if not known:
             raise UserError(f"{run}/checkpoints holds no checkpoint; train first, or set checkpoint.save_every")
         if step is not None and step not in known:
             raise UserError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, known))}")
         model = make_student(config, mesh, abstract=True)
-        nnx.update(model, checkpoints.restore_student(nnx.state(model, nnx.Param), step))
+        nnx.update(model, checkpoints.restore_student(nnx.state(model, nnx.Param), tell, step))
     return model

@@ -6,11 +6,12 @@ writes straight into leased rows of the pool, and only the rows' addresses come 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,21 +35,25 @@ from kdjax.data import (
     load_tokenizer,
     valid_ids,
 )
+from kdjax.data.files import refuse_missing
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
+from kdjax.training.revive import Revived
 from kdjax.training.student import student_vocabulary, tokenizer_path
 
 LEAST_ROWS = 1024  # of a pool, so that the preflight's sample fits whatever the batch
+POLL_SECONDS = 0.2  # between looks at whether a wait is still wanted
+CLOSE_SECONDS = 5.0  # for an engine to end by itself
 
 
 @dataclass
 class DeviceBatch:
     """One global batch on the mesh: ``arrays`` are stacked ``[A, ...]`` over micro-batches.
 
-    The teacher's rows alias pool memory. ``release_after(x)`` gives them back once ``x``, an output of the step that
-    read them, is ready; the compiled step calls it by itself.
+    The teacher's rows alias pool memory. ``release_after(x)`` gives them back once ``x``, a number that the step which
+    read them puts out, is ready; where it is NaN they stay, to be looked at. The compiled step calls it by itself.
     """
 
     arrays: Batch
@@ -61,8 +66,15 @@ class DeviceBatch:
 class Stream:
     """Iterates ``DeviceBatch``es for as long as the configuration's data lasts; see ``stream``."""
 
-    def __init__(self, config: Config, mesh: Mesh | None = None, *, log: Path | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh | None = None,
+        *,
+        log: Path | None = None,
+        tell: Callable[[str], None] = logging.getLogger("kdjax").warning,
+    ) -> None:
+        self.config, self._tell = config, tell
         self.mesh = mesh if mesh is not None else make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.shards = data_shards(self.mesh)
         rows = config.train.batch_size // config.train.accumulate
@@ -74,6 +86,7 @@ class Stream:
         self._exit = ExitStack()
         self._leases: deque[tuple[jax.Array, Lease]] = deque()
         self._engine: RemoteEngine | None = None
+        self._revived: Revived | None = None
         self._worker: _Ahead | None = None
         self.teachers: tuple[Teacher, ...] = ()
         self._shape = dict(batch=rows, shards=self.shards, vocab_size=student_vocabulary(config))
@@ -85,6 +98,8 @@ class Stream:
 
     def _open(self, log: Path | None) -> None:
         config = self.config
+        for source in (*config.data.train, *config.data.eval):
+            refuse_missing(source.path)
         head = self._start_teacher(log) if config.teacher.path is not None else None
         # The engine starts in its own process while the tokenizer and the data are opened here.
         self.tokenizer = load_tokenizer(tokenizer_path(config))
@@ -114,18 +129,23 @@ class Stream:
             rows=room, width=width, dtype=dtype, parts=self.shards, on=_gpus_of_shards(self.mesh, self.shards)
         )
         self._exit.callback(self.pool.close)
-        self._engine = start_engine(
-            teacher.path,
-            kind=teacher.engine,
-            pool=self.pool,
-            log=log or Path(config.output) / "engine.log",
-            threads=teacher.threads,
-            start_timeout=teacher.start_timeout,
-            call_timeout=teacher.timeout,
-            options=engine_options(config),
-            wait=False,
-        )
-        self._exit.callback(self._engine.close)
+        try:
+            self._engine = start_engine(
+                teacher.path,
+                kind=teacher.engine,
+                pool=self.pool,
+                log=log or Path(config.output) / "engine.log",
+                threads=teacher.threads,
+                start_timeout=teacher.start_timeout,
+                call_timeout=teacher.timeout,
+                options=engine_options(config),
+                wait=False,
+            )
+        except ValueError as error:
+            raise UserError(f"teacher.path: {error}") from None
+        self._exit.callback(self._engine.close, timeout=CLOSE_SECONDS)
+        self._revived = Revived(self._engine, teacher.restarts, self._tell)
+        self._exit.callback(self._revived.end)
         self._shape["vocab_size"] = min(self._shape["vocab_size"], model.vocab_size)
         return head
 
@@ -139,11 +159,18 @@ class Stream:
         return self
 
     def __next__(self) -> DeviceBatch:
+        return self.take(lambda: False)
+
+    def take(self, give_up: Callable[[], Any]) -> DeviceBatch | None:
+        """The next batch, or None as soon as ``give_up()`` is true while the teacher is waited for."""
         if self._worker is None:
             self._worker = _Ahead(self._produce, self.config.teacher.lookahead if self._engine else 1)
             self._exit.callback(self._worker.stop)
         start = time.perf_counter()
-        host, lease, seconds = self._worker.take()
+        made = self._worker.take(give_up)
+        if made is None:
+            return None
+        host, lease, seconds = made
         seconds = seconds | {"waiting": time.perf_counter() - start}
         start = time.perf_counter()
         arrays = self.place(host, lease)
@@ -165,10 +192,16 @@ class Stream:
         if self._engine is not None:
             self._engine.wait_ready()
 
-    def evaluation(self) -> list[DeviceBatch]:
-        """Every held-out row once, with teacher rows computed here, once, and kept outside the pool."""
+    def held_out(self) -> list[HostBatch]:
+        """Every held-out row once, read and laid out; needs no teacher."""
+        if not self.config.data.eval:
+            return []
+        return eval_batches(self.config.data, self.tokenizer, max_rows=self.config.train.eval_rows, **self._shape)
+
+    def evaluation(self, hosts: Sequence[HostBatch] | None = None) -> list[DeviceBatch]:
+        """``held_out()`` on the mesh, with teacher rows computed here, once, and kept outside the pool."""
         batches = []
-        for host in eval_batches(self.config.data, self.tokenizer, max_rows=self.config.train.eval_rows, **self._shape):
+        for host in self.held_out() if hosts is None else hosts:
             lease, _ = self._consult(host)
             arrays = self.place(host, lease, copy=True)
             if lease is not None:
@@ -178,20 +211,25 @@ class Stream:
         return batches
 
     def documents(self, count: int, *, held_out: bool = False) -> list[Document]:
-        """At most ``count`` usable documents from the start of the training or of the held-out data."""
+        """At most ``count`` usable documents, equally many from the start of each training or held-out source."""
         data = replace(self.config.data, on_bad_row="skip")
         if held_out:
             data = replace(data, train_on="assistant")
-        sources = data.eval if held_out else data.train[:1]
-        hosts = eval_batches(data, self.tokenizer, sources=sources, max_rows=16 * count, **self._shape)
-        return [placed.document for host in hosts for placed in host.documents][:count]
+        sources = data.eval if held_out else data.train
+        share, found = -(-count // max(1, len(sources))), []
+        for source in sources:
+            hosts = eval_batches(data, self.tokenizer, sources=[source], max_rows=16 * share, **self._shape)
+            found += [placed.document for host in hosts for placed in host.documents][:share]
+        return found[:count]
 
     def gauges(self) -> dict[str, float]:
-        """How full the pool of hidden rows is now and was at most, as shares, and seconds spent waiting for room."""
+        """How full the pool of hidden rows is now and was at most, as shares, seconds spent waiting for room, and how
+        often the teacher had to be started again."""
         if self._engine is None:
             return {}
         usage = self.pool.usage()
-        return {"pool/used": usage.used / usage.rows, "pool/peak": usage.peak / usage.rows, "pool/waited": usage.waited}
+        used, peak = usage.used / usage.rows, usage.peak / usage.rows
+        return {"pool/used": used, "pool/peak": peak, "pool/waited": usage.waited, "teacher_restarts": self.restarts}
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
         """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""
@@ -227,12 +265,11 @@ class Stream:
         lease = self.pool.lease([self._slot_rows] * shards, timeout=self.config.teacher.timeout)
         start = time.perf_counter()
         try:
-            self._engine.prefill(
-                [
-                    Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
-                    for p in host.documents
-                ]
-            )
+            prompts = [
+                Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
+                for p in host.documents
+            ]
+            self._revived.ask(lambda engine: engine.prefill(prompts))
         except BaseException:
             lease.release()
             raise
@@ -242,13 +279,25 @@ class Stream:
         """Give back the rows of steps that are done; with no free slot left, wait for the oldest step."""
         while self._leases and (self._leases[0][0].is_ready() or len(self._leases) >= self._slots - 1):
             array, lease = self._leases.popleft()
-            jax.block_until_ready(array)
-            lease.release()
+            if not np.isnan(array):
+                lease.release()
 
     @property
     def engine(self) -> RemoteEngine | None:
         """The running teacher."""
         return self._engine
+
+    @property
+    def restarts(self) -> int:
+        """How often the teacher had to be started again."""
+        return 0 if self._revived is None else self._revived.count
+
+    def kill(self) -> None:
+        """End the teacher and unlink the pool at once, whatever they are doing; the process is about to end."""
+        if self._revived is not None:
+            self._revived.end()
+            self._engine.kill()
+            self.pool.close()
 
     def close(self) -> None:
         """Stop the teacher and free the pool; safe to call twice."""
@@ -324,10 +373,17 @@ class _Ahead:
                 self._results.put((None, error))
                 return
 
-    def take(self) -> Any:
+    def take(self, give_up: Callable[[], Any]) -> Any:
+        """The next result, or None once ``give_up()`` is true."""
         if not self._depth:
             return self._produce()
-        result, error = self._results.get()
+        while True:
+            try:
+                result, error = self._results.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if give_up():
+                    return None
         if error is not None:
             self._results.put((None, error))
             raise error

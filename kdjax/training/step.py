@@ -24,6 +24,9 @@ class Step:
     float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``loss_tokens``. The state
     (float32 masters, optimizer moments, step number) is donated, so it exists once; ``model`` and ``algorithm`` always
     hold the newest parameters.
+
+    With a teacher, ``teacher_bad_rows`` counts rows that carry loss and hold NaN or Inf. Where there is one, or where
+    loss or gradient are not finite, the state stays as it was.
     """
 
     def __init__(
@@ -46,16 +49,22 @@ class Step:
         self._update = jax.jit(
             lambda state, frozen, batch: _update(graphs, optimizer, state, frozen, batch),
             donate_argnums=0,
-            out_shardings=(self.shardings, replicated),
+            out_shardings=(self.shardings, replicated, replicated),
         )
+        self._sound = jax.jit(lambda params, frozen, batch: _is_sound(_differentiate(graphs, params, frozen, batch)))
 
     def __call__(self, batch: Any) -> Metrics:
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self._update(self.state, self._frozen, getattr(batch, "arrays", batch))
+            self.state, metrics, verdict = self._update(self.state, self._frozen, getattr(batch, "arrays", batch))
         self._publish()
         if hasattr(batch, "release_after"):
-            batch.release_after(metrics["loss"])
+            batch.release_after(verdict)
         return metrics
+
+    def sound(self, arrays: Batch) -> bool:
+        """Whether loss and gradient of a batch are finite under the parameters as they are; changes nothing."""
+        with jax.set_mesh(self.mesh):
+            return bool(self._sound(self.state["params"], self._frozen, arrays))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved ``state``."""
@@ -94,8 +103,30 @@ def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
 
 
 def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, frozen: dict, batch: Batch) -> Any:
-    """The new state and the metrics of one global batch."""
+    """The new state, the metrics of one global batch, and a verdict: 0.0, or NaN where the batch changed nothing."""
     params = state["params"]
+    total, shares, grads = _differentiate(graphs, params, frozen, batch)
+    updates, opt = optimizer.update(grads, state["opt"], params)
+    new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
+    metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
+    sound = _is_sound((total, shares, grads))
+    if batch.teacher_hidden:
+        bad = [~jnp.isfinite(rows).all(-1) & batch.mask for rows in batch.teacher_hidden]
+        metrics["teacher_bad_rows"] = sum(rows.sum() for rows in bad).astype(jnp.float32)
+        sound &= metrics["teacher_bad_rows"] == 0
+    # One scalar decides for every array, so this is part of the update's own pass over them.
+    new = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, state)
+    metrics |= {"loss_tokens": batch.mask.sum().astype(jnp.float32)}
+    return new, metrics, jnp.where(sound, 0.0, jnp.nan)
+
+
+def _is_sound(differentiated: tuple[jax.Array, Metrics, Any]) -> jax.Array:
+    total, _, grads = differentiated
+    return jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
+
+
+def _differentiate(graphs: Any, params: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
+    """The loss of one global batch, its parts and its gradient."""
 
     def terms(params: dict, micro: Batch) -> dict[str, Term]:
         student = nnx.merge(graphs[0], params["student"], frozen["student"])
@@ -122,11 +153,7 @@ def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, f
         like = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), counts)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         ((total, shares), grads), _ = jax.lax.scan(accumulate, zeros, batch)
-
-    updates, opt = optimizer.update(grads, state["opt"], params)
-    new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
-    metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
-    return new, metrics | {"loss_tokens": batch.mask.sum().astype(jnp.float32)}
+    return total, shares, grads
 
 
 def _mesh_of(model: nnx.Module) -> Mesh:

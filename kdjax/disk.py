@@ -1,0 +1,35 @@
+"""Disks: how much is free, which errors mean that nothing is, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+# No space, no quota, and the limit of a file's size: each leaves what was being written cut off.
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def free_bytes(path: Path) -> int:
+    """What a user may still write to the disk of ``path``."""
+    return shutil.disk_usage(path).free
+
+
+def size_text(count: int) -> str:
+    """1234567 → ``1.2 MB``."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def why_full(error: BaseException) -> str | None:
+    """The system's words if ``error``, from Python or quoted by a library, says that no more could be written."""
+    if isinstance(error, OSError) and error.errno in _NUMBERS:
+        return os.strerror(error.errno)
+    return next((os.strerror(n) for n in _NUMBERS if os.strerror(n) in str(error)), None)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that, whenever the process is killed, the old or the new one is there."""
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    work.write_text(text, encoding="utf-8")
+    work.replace(path)
