@@ -85,7 +85,7 @@ def test_an_engine_killed_or_hung_in_a_batch_is_started_again_and_the_batch_sent
     assert f"1 of 3 (log: {values['output']}/engine.log)" in killed
     assert "gave no answer to prefill within 3 s and was stopped; starting it again" in hung
     assert losses(values["output"]) == expected  # to the bit
-    assert losses(values["output"], "teacher_restarts")[-1] == 2
+    assert losses(values["output"], "teacher/restarts")[-1] == 2
 
 
 def test_an_engine_that_keeps_dying_ends_the_run_with_one_error(values, tmp_path, capfd):

@@ -229,7 +229,7 @@ class Stream:
             return {}
         usage = self.pool.usage()
         used, peak = usage.used / usage.rows, usage.peak / usage.rows
-        return {"pool/used": used, "pool/peak": peak, "pool/waited": usage.waited, "teacher_restarts": self.restarts}
+        return {"pool/used": used, "pool/peak": peak, "pool/waited": usage.waited, "teacher/restarts": self.restarts}
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
         """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""
