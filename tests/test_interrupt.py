@@ -41,6 +41,7 @@ def test_a_second_run_is_refused_a_dead_runs_lock_goes_and_a_signal_saves(values
     assert second.returncode == 2 and error.count("\n") == 1 and "another run writes there" in error
     first.kill()
     first.communicate()
+    (Path(values["output"]) / "metrics.jsonl").unlink()  # so that what comes is the next run's
     third = start("--config", file)
     trains(third, values)
     third.send_signal(signal.SIGTERM)
