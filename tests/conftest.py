@@ -71,3 +71,13 @@ def devices_as_asked(monkeypatch):
         return make_mesh(data, fsdp, tensor, devices=jax.devices()[: max(1, data * fsdp * tensor)])
 
     monkeypatch.setattr("kdjax.training.sources.make_mesh", fitting)
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """An empty folder that engines make their temporary files in; its path is short, as sockets want it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="kdjax-test-", dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)

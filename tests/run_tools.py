@@ -67,11 +67,12 @@ def write_config(folder: Path, values: dict, name: str = "run.yaml") -> Path:
     return file
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
-    """``python -m kdjax.train`` in a process of its own"""
+def start(*arguments: str, temporary: Path | None = None) -> subprocess.Popen:
+    """``python -m kdjax.train`` in a process of its own, its temporary files in ``temporary``"""
     command = [sys.executable, "-m", "kdjax.train", *map(str, arguments)]
+    environment = os.environ | ENVIRONMENT | ({} if temporary is None else {"TMPDIR": str(temporary)})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, **pipes | options)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -100,7 +101,7 @@ def servers(of: int | None = None) -> list[int]:
     return sorted(found)
 
 
-def traces() -> set[str]:
-    """everything that an engine or a pool could leave behind"""
-    temporary = [path for base in {"/tmp", os.environ.get("TMPDIR", "/tmp")} for path in Path(base).glob("kdjax-*")]
-    return {str(path) for path in [*Path("/dev/shm").iterdir(), *temporary]} | {f"process {pid}" for pid in servers()}
+def traces(pid: int, temporary: Path) -> set[str]:
+    """what process ``pid``, whose temporary files lie in ``temporary``, has left of pools, engines and their files"""
+    files = [*Path("/dev/shm").glob(f"kdjax-*-{pid}-*"), *temporary.glob("kdjax-engine-*")]
+    return {str(path) for path in files} | {f"process {server}" for server in servers(pid)}

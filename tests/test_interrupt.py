@@ -51,9 +51,8 @@ def test_a_second_run_is_refused_a_dead_runs_lock_goes_and_a_signal_saves(values
     assert len(list((Path(values["output"]) / "checkpoints").iterdir())) == 1
 
 
-def test_a_signal_while_the_teacher_hangs_saves_and_leaves_nothing(values, tmp_path):
-    before = traces()
-    process = start("--config", write_config(tmp_path, values))
+def test_a_signal_while_the_teacher_hangs_saves_and_leaves_nothing(values, tmp_path, temporary):
+    process = start("--config", write_config(tmp_path, values), temporary=temporary)
     trains(process, values, 3)
     (server,) = servers(process.pid)
     os.kill(server, signal.SIGSTOP)
@@ -62,7 +61,7 @@ def test_a_signal_while_the_teacher_hangs_saves_and_leaves_nothing(values, tmp_p
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2 and error.startswith("error: SIGINT: saved step ")
     assert (Path(values["output"]) / "checkpoints" / error.split()[4].rstrip(";")).is_dir()
-    wait_until(lambda: traces() <= before and not Path(f"/proc/{server}").exists(), 10)
+    wait_until(lambda: not traces(process.pid, temporary) and not Path(f"/proc/{server}").exists(), 10)
 
 
 def test_a_second_ctrl_c_leaves_at_once_in_the_middle_of_a_step(tmp_path):
@@ -90,10 +89,9 @@ def test_a_second_ctrl_c_leaves_at_once_in_the_middle_of_a_step(tmp_path):
     assert (process.returncode, rest) == (130, "at once\n") and time.monotonic() - began < 2
 
 
-def test_a_second_ctrl_c_takes_a_hung_engine_along(values, tmp_path):
+def test_a_second_ctrl_c_takes_a_hung_engine_along(values, tmp_path, temporary):
     """SIGINT twice at once: nothing is saved, and still nothing is left"""
-    before = traces()
-    process = start("--config", write_config(tmp_path, values))
+    process = start("--config", write_config(tmp_path, values), temporary=temporary)
     trains(process, values, 2)
     (server,) = servers(process.pid)
     os.kill(server, signal.SIGSTOP)
@@ -102,4 +100,4 @@ def test_a_second_ctrl_c_takes_a_hung_engine_along(values, tmp_path):
         time.sleep(0.05)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    wait_until(lambda: traces() <= before and not Path(f"/proc/{server}").exists(), 10)
+    wait_until(lambda: not traces(process.pid, temporary) and not Path(f"/proc/{server}").exists(), 10)

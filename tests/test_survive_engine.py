@@ -21,10 +21,9 @@ pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    before = traces()
+def nothing_is_left(temporary):
     yield
-    wait_until(lambda: traces() <= before, 10)
+    wait_until(lambda: not traces(os.getpid(), temporary), 10)
 
 
 @pytest.fixture
