@@ -1,0 +1,46 @@
+"""The on-policy benchmark's own arithmetic, with made-up runs: each method at its best rate, means over seeds."""
+
+import pytest
+
+from benchmarks import on_policy
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Runs that take no time; exact match depends on method, rate, seed and rows in a known way."""
+    trained = []
+    rates = {"off_policy": 1e-3, "on_policy": 3e-3}
+
+    def train(out, *overrides):
+        trained.append((out.name, overrides))
+        return {"tokens": 5000.0, "seconds": 2.0}
+
+    def exact_match(model, rows, out):
+        if "teacher" in str(model):
+            return 1.0
+        method, _, rest = out.name.partition("-")
+        if method == "warm":
+            return 0.25
+        rate, _, seed = rest.rpartition("-")
+        assert rows == (on_policy.TUNING_ROWS if int(seed) == on_policy.TUNING_SEED else on_policy.TEST_ROWS)
+        return 0.5 + 0.1 * (method == "on_policy") - abs(float(rate) - rates[method]) + 0.01 * (int(seed) % 100)
+
+    monkeypatch.setattr(on_policy, "train", train)
+    monkeypatch.setattr(on_policy, "exact_match", exact_match)
+    return trained
+
+
+def test_each_method_runs_at_its_own_best_rate(made_up):
+    found = on_policy.measure([0, 1, 2], 8, 4, [1e-3, 3e-3], ["off_policy", "on_policy"])
+    assert [(name, len(runs)) for name, runs in found["runs"].items()] == [("off_policy", 3), ("on_policy", 3)]
+    assert {run["rate"] for run in found["runs"]["off_policy"]} == {1e-3}
+    assert {run["rate"] for run in found["runs"]["on_policy"]} == {3e-3}
+    assert [run["seed"] for run in found["runs"]["on_policy"]] == [0, 1, 2]
+    assert len(made_up) == 1 + 2 * (2 + 3) and "train.steps=8" in made_up[0][1]
+    sampled = [name for name, overrides in made_up if "distill.on_policy_fraction=1.0" in overrides]
+    assert sampled and all(name.startswith("on_policy") for name in sampled)
+    lines = on_policy.table({"machine": {"cpu": "a CPU", "cores": 2}, **found}).splitlines()
+    assert lines[2] == "| teacher | | | | 100.0 % |" and "25.0 %" in lines[3]
+    assert lines[4] == "| off-policy, forward KL | 0.001 | 5 k | 2 s | 51.0 ± 1.0 % |"
+    assert lines[5] == "| **on-policy, reverse KL** | 0.003 | 5 k | 2 s | 61.0 ± 1.0 % |"
+    assert lines[-1] == "Mean ± standard deviation over seeds 0, 1, 2; a CPU, 2 cores."
