@@ -6,7 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import step_tools
 import yaml
+from loss_reference import log_softmax
 from safetensors.numpy import load_file
 
 import kdjax
@@ -14,10 +16,12 @@ from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate, main
 from kdjax.export import main as export
+from kdjax.training import evaluation
 from kdjax.training.evaluation import Evaluation, call_evaluations
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
 from kdjax.training.progress import Display
+from kdjax.training.sources import DeviceBatch, to_device
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
@@ -89,6 +93,45 @@ def test_checkpoints_and_folders(trained, tmp_path, capsys):
     shutil.rmtree(run / "best")
     assert export([str(run), str(tmp_path / "x"), "--best"]) == 2
     assert "train.keep_best" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "eight devices"])
+def test_numbers_are_those_of_float64_by_position_too(monkeypatch, sizes):
+    """Against NumPy, a document at a time, on packed rows in micro-batches over shards."""
+    monkeypatch.setattr(evaluation, "POSITIONS", (0, 2, 5))
+    step = step_tools.make(sizes, devices=int(np.prod(sizes)))
+    teacher = step_tools.teacher()
+    shards = sizes[0] * sizes[1]
+    batches = [DeviceBatch(to_device(step_tools.host_batch(seed, 2, shards), step.mesh), None) for seed in (0, 1)]
+    found = evaluation.Evaluator(step.model, (teacher,), step.mesh)(step.state["params"]["student"], batches)
+
+    rows = {name: [] for name in ("ce", "kl", "rkl", "entropy", "teacher_entropy", "agreement", "position")}
+    head = np.asarray(step.model.head().weight, np.float64)
+    head = head if step.model.head().layout == "dv" else head.T
+    forward = jax.jit(lambda model, tokens: model(tokens))
+    for seed in (0, 1):
+        for i, document in enumerate(step_tools.documents(seed)):
+            tokens = np.zeros((1, step_tools.S), np.int32)
+            tokens[0, : len(document)] = document.ids
+            with jax.set_mesh(step.mesh):
+                hidden = np.asarray(forward(step.model, tokens), np.float64)[0]
+            states = np.random.default_rng([seed, i]).normal(size=(len(document), step_tools.E))
+            student = hidden[document.loss_rows] @ head
+            of_teacher = states[document.loss_rows] @ np.asarray(teacher.head.weight, np.float64).T
+            log_q, log_p = log_softmax(student), log_softmax(of_teacher)
+            rows["ce"] += list(-log_q[np.arange(len(log_q)), document.labels])
+            rows["kl"] += list((np.exp(log_p) * (log_p - log_q)).sum(-1))
+            rows["rkl"] += list((np.exp(log_q) * (log_q - log_p)).sum(-1))
+            rows["entropy"] += list(-(np.exp(log_q) * log_q).sum(-1))
+            rows["teacher_entropy"] += list(-(np.exp(log_p) * log_p).sum(-1))
+            rows["agreement"] += list(student.argmax(-1) == of_teacher.argmax(-1))
+            rows["position"] += range(len(log_q))
+    place = np.array(rows.pop("position"))
+    for name, values in rows.items():
+        assert found[name] == pytest.approx(np.mean(values), rel=2e-5), name
+    for name, (start, stop) in {"0-1": (0, 2), "2-4": (2, 5), "5+": (5, 99)}.items():
+        inside = np.array(rows["kl"])[(place >= start) & (place < stop)]
+        assert len(inside) > 5 and found[f"kl_at/{name}"] == pytest.approx(inside.mean(), rel=2e-5), name
 
 
 def test_functions_are_refused_before_anything_loads(run_values, tmp_path, capsys):

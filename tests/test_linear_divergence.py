@@ -262,6 +262,16 @@ def test_statistics():
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert abs(found[name] - value) <= 1e-5 * abs(value), name
+    groups = np.arange(9) % 3
+    apart = linear_statistics(
+        case.student_hidden, head, case.teacher_hidden, teacher_head, labels=labels, mask=case.mask,
+        groups=groups, group_count=4, chunk_rows=4,
+    )  # fmt: skip
+    kl = reference.divergence("kl", s, t)[0] * m
+    for group in range(4):
+        assert apart["count"][group] == m[groups == group].sum()
+        assert abs(apart["kl"][group] - kl[groups == group].sum()) <= 1e-5 * kl.sum()
+    assert all(abs(apart[name].sum() - wanted[name]) <= 1e-5 * abs(wanted[name]) for name in wanted)
     alone = linear_statistics(case.student_hidden, head, labels=labels, mask=case.mask)
     assert alone.keys() == {"count", "ce", "accuracy", "entropy"}
     assert all(abs(alone[name] - wanted[name]) <= 1e-5 * wanted[name] for name in alone)

@@ -105,8 +105,12 @@ def test_statistics_under_the_ambient_mesh():
     wanted = linear_statistics(*arguments, labels=labels, mask=mask)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         found = jax.jit(lambda: linear_statistics(*arguments, labels=labels, mask=mask))()
+        groups = dict(groups=np.arange(len(mask)) % 5, group_count=5)
+        apart = jax.jit(lambda: linear_statistics(*arguments, labels=labels, mask=mask, **groups))()
     assert found.keys() == wanted.keys()
     assert all(abs(found[name] - wanted[name]) <= 1e-5 * abs(wanted[name]) for name in wanted)
+    by_group = linear_statistics(*arguments, labels=labels, mask=mask, **groups)
+    assert all(np.allclose(apart[name], by_group[name], rtol=1e-5, atol=1e-5) for name in wanted)
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

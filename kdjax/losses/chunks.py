@@ -34,7 +34,7 @@ class Fixed(NamedTuple):
     """What never carries a gradient."""
 
     labels: Any
-    """int32 [N] or None"""
+    """int32 [N] or None, or a tree of [N] arrays: what is known of each row"""
     mask: Any
     """bool [N]"""
     keep: Any

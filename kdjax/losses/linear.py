@@ -113,22 +113,34 @@ def linear_statistics(
     *,
     labels: Int[Array, " N"],
     mask: Bool[Array, " N"],
+    groups: Int[Array, " N"] | None = None,
+    group_count: int | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     chunk_rows: int | None = None,
-) -> dict[str, Scalar]:
+) -> dict[str, Float[Array, "*P"]]:
     """Sums over the rows in ``mask`` for evaluation, at τ = 1 and without gradient.
 
     Of the student, over its whole softmax: ``ce`` (−log q[label]), ``accuracy`` (its choice is the label), ``entropy``.
     With a teacher also ``teacher_ce`` and ``teacher_entropy`` over its whole softmax, and over the ids valid in both
     ``kl`` (of p from q), ``rkl`` (of q from p) and ``agreement`` (both make the same choice). ``count`` is the rows.
+
+    With ``groups``, a number from 0 to ``group_count`` − 1 for each row, each sum is a [group_count] array, a sum for
+    each group, from the same logits. Raises UserError where one of the two is missing.
     """
+    if (groups is None) != (group_count is None):
+        raise UserError("groups and group_count go together: a number for each row, and how many numbers there are")
     rows = [(student_hidden, as_head(student_head))]
     if _has_teacher(teacher_hidden, teacher_head):
         rows.append((teacher_hidden, as_head(teacher_head)))
     names = STATISTICS if len(rows) == 2 else STATISTICS[:3]
-    mixture = jnp.zeros((0, len(names)))
-    _, sums = _totals(_statistics, tuple(rows), labels, mask, {}, mixture, mesh, chunk_rows)
-    return dict(zip(names, sums, strict=True)) | {"count": _count(mask)}
+    known, shape = {"labels": labels}, ()
+    if groups is not None:
+        known["groups"], shape = groups, (group_count,)
+    mixture = jnp.zeros((0, len(names) * (group_count or 1)))
+    _, sums = _totals(Statistics(group_count), tuple(rows), known, mask, {}, mixture, mesh, chunk_rows)
+    sums = sums.reshape(len(names), *shape)
+    count = _count(mask) if groups is None else jnp.stack([_count(mask & (groups == g)) for g in range(group_count)])
+    return dict(zip(names, sums, strict=True)) | {"count": count}
 
 
 STATISTICS = ("ce", "accuracy", "entropy", "teacher_ce", "teacher_entropy", "kl", "rkl", "agreement")
@@ -151,7 +163,20 @@ class Terms:
         return tuple(values)
 
 
-def _statistics(student, teacher, labels, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
+@dataclass(frozen=True)
+class Statistics:
+    """``STATISTICS`` of a row; with groups each of them once a group, 0 but in the row's own."""
+
+    groups: int | None
+
+    def __call__(self, student, teacher, rows, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
+        values = _statistics(student, teacher, rows["labels"], keep, vocab)
+        if self.groups is None:
+            return values
+        return tuple(jnp.where(rows["groups"] == g, value, 0) for value in values for g in range(self.groups))
+
+
+def _statistics(student, teacher, labels, keep, vocab: Vocab) -> tuple[Array, ...]:
     def own(logits: Array) -> tuple[Array, Array]:
         log_q = vocab.log_softmax(logits)
         return -vocab.at(log_q, labels), -vocab.sum(jnp.exp(log_q) * log_q)
@@ -245,7 +270,8 @@ def _check(rows, labels, mask, chunk_rows) -> None:
         for name, array in (("bias", head.bias), ("valid", head.valid)):
             if array is not None and array.shape != (head.vocabulary,):
                 raise UserError(f"{side}: head {name} has shape {array.shape}, it must be ({head.vocabulary},)")
-    if labels is not None and labels.shape != mask.shape:
-        raise UserError(f"labels have shape {labels.shape}, but the mask has {mask.shape}")
+    for of_rows in jax.tree.leaves(labels):
+        if of_rows.shape != mask.shape:
+            raise UserError(f"labels have shape {of_rows.shape}, but the mask has {mask.shape}")
     if chunk_rows is not None and chunk_rows < 1:
         raise UserError(f"chunk_rows is {chunk_rows}, it must be at least 1")

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Int32
 
 from kdjax.algorithms.base import Teacher
 from kdjax.config import Config
@@ -18,13 +20,17 @@ from kdjax.errors import UserError
 from kdjax.losses import linear_statistics
 from kdjax.registry import Registry
 
+POSITIONS = (0, 16, 64, 256, 1024, 4096)
+"""Where the buckets of positions begin; the last has no end."""
+
 
 class Evaluator:
     """Sums ``linear_statistics`` over batches and divides once.
 
     Calling it returns floats over all positions that carry loss: ``ce`` (nats a token), ``accuracy`` and ``entropy``;
     with a teacher also ``kl`` (teacher ‖ student), ``rkl``, ``agreement`` (share of positions with the same most likely
-    token), ``teacher_ce`` and ``teacher_entropy``.
+    token), ``teacher_ce`` and ``teacher_entropy``, and ``kl_at/0-15``, ``kl_at/16-63`` …: the same ``kl`` over the
+    first sixteen positions of each response, the next forty-eight, and so on, as far as there are any.
     """
 
     def __init__(self, model: nnx.Module, teachers: tuple[Teacher, ...], mesh: Mesh) -> None:
@@ -45,6 +51,8 @@ class Evaluator:
                     None if teacher_hidden is None else head,
                     labels=micro.labels,
                     mask=micro.mask,
+                    groups=jnp.digitize(response_positions(micro), jnp.array(POSITIONS)) - 1,
+                    group_count=len(POSITIONS),
                 )
 
             return jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
@@ -52,13 +60,37 @@ class Evaluator:
         self._sums = jax.jit(sums)
 
     def __call__(self, params: Any, batches: Iterable[Any]) -> dict[str, float]:
-        totals: dict[str, float] = {}
+        totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self._mesh):
             for batch in batches:
                 for name, value in jax.device_get(self._sums(params, self._head, batch.arrays)).items():
-                    totals[name] = totals.get(name, 0.0) + float(jnp.float32(value))
-        count = totals.pop("count")
-        return {name: total / count for name, total in totals.items()}
+                    totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+        counts = totals.pop("count")
+        values = {name: float(by_bucket.sum() / counts.sum()) for name, by_bucket in totals.items()}
+        if "kl" in totals:
+            buckets = zip(_bucket_names(), totals["kl"], counts, strict=True)
+            values |= {f"kl_at/{name}": float(kl / count) for name, kl, count in buckets if count}
+        return values
+
+
+def response_positions(batch: Batch) -> Int32[Array, G * N]:
+    """How many loss rows of its own document stand before each loss row: 0 for a response's first token.
+
+    Padding entries hold anything. ``batch`` is one micro-batch.
+    """
+    shards, count = batch.rows.shape
+    segments = jnp.take_along_axis(batch.segment_ids.reshape(shards, -1), batch.rows, axis=1)
+    packed_rows = batch.rows // batch.tokens.shape[-1]
+    # A document's loss rows lie side by side, so a document begins where its packed row or its segment changes.
+    begins = jnp.ones((shards, count), bool)
+    changed = (jnp.diff(segments, axis=1) != 0) | (jnp.diff(packed_rows, axis=1) != 0)
+    begins = begins.at[:, 1:].set(changed)
+    places = jnp.arange(count, dtype=jnp.int32)
+    return (places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)).reshape(-1)
+
+
+def _bucket_names() -> list[str]:
+    return [f"{a}-{b - 1}" for a, b in zip(POSITIONS, POSITIONS[1:], strict=False)] + [f"{POSITIONS[-1]}+"]
 
 
 @dataclass(frozen=True)
