@@ -134,20 +134,25 @@ class RemoteEngine:
         version: int,
         bucket_bytes: int = 256 * 2**20,
         timeout: float | None = None,
+        label: object = None,
     ) -> None:
         """replace all weights, about `bucket_bytes` at a time through shared memory; completions then carry `version`
+
+        `label` is the caller's word for these weights: `holds` says it from now on, and None after a start.
 
         Raises EngineError that names the tensor where one is unknown, misshaped, sent twice or missing. The engine then
         refuses other calls until an update succeeds or it is restarted.
         """
-        deadline = time.monotonic() + (self.call_timeout if timeout is None else timeout)
         sizes = [4 * prod(shape) for shape in read_facts(Path(self.spec.model)).tensors.values()]  # 4: at most float32
         size = max([1, *sizes, min(bucket_bytes, sum(sizes) + ALIGNMENT * len(sizes))])
         with self._turn, WeightBucket(size) as bucket:
+            self.holds = None
+            deadline = time.monotonic() + (self.call_timeout if timeout is None else timeout)
             self._call("weights_begin", (), deadline - time.monotonic())
             for entries in bucket.fill(tensors):
                 self._call("weights_bucket", (bucket.path, entries), deadline - time.monotonic())
             self._call("weights_end", (version,), deadline - time.monotonic())
+            self.holds = label
 
     def sleep(self, tags: Sequence[str] | None = None, timeout: float | None = None) -> None:
         self._call("sleep", (tags,), timeout)
@@ -198,6 +203,7 @@ class RemoteEngine:
         self.close()
 
     def _launch(self) -> None:
+        self.holds: object = None
         self._server = _Server(self.spec, self.log)
         self._send(self._server, self._server.work, self.spec, self.start_timeout, "starting")
 

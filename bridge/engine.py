@@ -54,6 +54,7 @@ class Sampling:
 
     temperature 0 is greedy; top_k 0 means all ids. A completion ends with the first of `stop_ids` or of the model's own
     end-of-sequence ids (config.json, generation_config.json), or after `max_new_tokens`. n samples are drawn a prompt.
+    Each has a seed of its own: drawn from `seed`, or the one in `seeds`, which has an entry a completion.
     """
 
     max_new_tokens: int = 256
@@ -63,6 +64,15 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     n: int = 1
+    seeds: tuple[int, ...] | None = None
+
+    def seeds_for(self, prompts: int) -> list[int]:
+        """one below 2**32 for each of `n` completions of so many prompts; raises ValueError for too many or too few"""
+        if self.seeds is None:
+            return np.random.SeedSequence(self.seed).generate_state(prompts * self.n, np.uint32).tolist()
+        if len(self.seeds) != prompts * self.n:
+            raise ValueError(f"{len(self.seeds)} seeds for {prompts} prompts of {self.n} completions: one for each")
+        return list(self.seeds)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.n < 1:

@@ -83,7 +83,6 @@ class SGLangEngine:
 
     def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling, version: int) -> list[Completion]:
         # One request a sample, so that each has a seed of its own.
-        seeds = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * sampling.n, np.uint32)
         common = {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -93,7 +92,7 @@ class SGLangEngine:
         }
         answers = self._request(
             [prompt for prompt in prompts for _ in range(sampling.n)],
-            [common | {"sampling_seed": int(seed)} for seed in seeds],
+            [common | {"sampling_seed": seed} for seed in sampling.seeds_for(len(prompts))],
             return_logprob=True,
         )
         return [_completion(answer, version) for answer in answers]

@@ -54,9 +54,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling, version: int) -> list[Completion]:
-        seeds = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * sampling.n, np.uint32)
         wanted = [prompt for prompt in prompts for _ in range(sampling.n)]
-        return [self._complete(ids, sampling, int(seed), version) for ids, seed in zip(wanted, seeds, strict=True)]
+        seeds = sampling.seeds_for(len(prompts))
+        return [self._complete(ids, sampling, seed, version) for ids, seed in zip(wanted, seeds, strict=True)]
 
     def begin_weights(self) -> None:
         self._state = self._model.state_dict()

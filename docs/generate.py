@@ -42,6 +42,7 @@ TITLES = {
     "data.eval[]": ("data.eval[]", "One entry a held-out source."),
     "distill": ("distill", "What is compared. More: [Losses](losses.md) and [Algorithms](algorithms.md)."),
     "train": ("train", "Steps, optimizer and evaluation. More: [Watching](watching.md#evaluate)."),
+    "rollout": ("rollout", "How the student's own responses are drawn. More: [On-policy](on_policy.md)."),
     "generate": ("generate", "How answers are written. More: [Generation and tasks](generation.md)."),
     "mesh": ("mesh", "How devices are used; the product of the sizes is the number of devices."),
     "checkpoint": ("checkpoint", "Saving and going on. More: [Resume](concepts.md#resume)."),

@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
+from kdjax.config_generate import GenerateConfig
+from kdjax.config_group import Dtype, group
+from kdjax.config_rollout import RolloutConfig, check_followers
 from kdjax.errors import UserError
-
-group = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
-Dtype = Literal["float32", "bfloat16"]
 
 
 @group
@@ -92,6 +91,12 @@ class TeacherConfig:
     """Let the teacher's folder run its own code."""
     preflight: bool = True
     """Before step 1, compare log-probabilities recomputed from hidden rows with the engine's own."""
+    update_every: int | None = Field(None, ge=1)
+    """Self-distillation: so many steps between updates of a teacher that starts as the student; none never changes."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """What an update keeps of the teacher: decay · teacher + (1 − decay) · student; 0 copies the student."""
+    resident: tuple[Literal["weights", "kv_cache"], ...] = ()
+    """With `colocate`: what stays on the devices while others have their turn."""
 
 
 @group
@@ -116,6 +121,12 @@ class SourceConfig:
     """Column that holds plain text."""
     teacher_input_key: str | None = None
     """Column with another prompt that only the teacher sees (context distillation)."""
+    teacher_prompt: str | None = None
+    """The same, written out: a text in which {column} stands for the row's entry."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_input_key is not None and self.teacher_prompt is not None:
+            raise ValueError("data: teacher_input_key and teacher_prompt say the same thing twice; keep one")
 
 
 @group
@@ -162,6 +173,8 @@ class DistillConfig:
     """Loss = (1 − kd_ratio) · cross-entropy + kd_ratio · divergence."""
     temperature: float = Field(1.0, gt=0)
     """Divides both logits before the divergence."""
+    on_policy_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of prompts that the student answers itself; the others keep the data's response (GKD's λ)."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the divergence, as in `{jsd_beta: 0.9}`."""
     algorithm_args: dict[str, Any] = Field(default_factory=dict)
@@ -224,40 +237,6 @@ class TrainConfig:
 
 
 @group
-class GenerateConfig:
-    out: str | None = None
-    """JSON lines file that `kdjax.generate` writes; none means generated.jsonl in the output folder."""
-    samples: int = Field(1, ge=1)
-    """Answers to each prompt."""
-    temperature: float | None = Field(None, ge=0)
-    """Of sampling; 0 is greedy. None is 1 when a data set is written and 0 when a task is evaluated."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the most likely ids that together reach this probability."""
-    top_k: int = Field(0, ge=0)
-    """Sample from so many most likely ids; 0 from all."""
-    max_new_tokens: int = Field(256, ge=1)
-    """Tokens of an answer at most."""
-    prompt_max_len: int | None = Field(None, ge=1)
-    """Longer prompts are left out and counted; none: what the model's positions leave beside the answer."""
-    seed: int = Field(0, ge=0)
-    """Decides the samples, where the engine repeats itself exactly."""
-    batch_size: int = Field(256, ge=1)
-    """Prompts that the engine has at a time; what is answered is saved after each such batch."""
-    timeout: float = Field(1800.0, gt=0)
-    """Seconds that one batch may take."""
-    keep_unfinished: bool = False
-    """Keep answers that were cut at max_new_tokens."""
-    min_tokens: int = Field(1, ge=1)
-    """Shorter answers are dropped."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Longer answers are dropped."""
-    judge: str | None = None
-    """Registered reward, or `path/my.py:function`, that every answer gets."""
-    min_reward: float = 1.0
-    """With a judge: answers that it gives less are dropped."""
-
-
-@group
 class MeshConfig:
     data: int = Field(-1, ge=-1)
     """Data-parallel size; -1 takes the devices that are left."""
@@ -277,6 +256,8 @@ class CheckpointConfig:
     """Load the exported student in plain transformers, on the CPU, and compare log-probabilities."""
     resume: bool = True
     """Go on from the newest whole checkpoint in the output folder."""
+    export_teacher: bool = False
+    """With `teacher.update_every`: also export the teacher that the student has become, to `export_teacher`."""
 
 
 @group
@@ -315,10 +296,13 @@ class Config:
     """Folder of this run."""
     overwrite: bool = False
     """Start anew where the output folder holds a run, deleting it."""
+    colocate: bool = False
+    """Engines and trainer share the devices and take turns: engines sleep, and free memory, while others work."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
@@ -344,6 +328,7 @@ class Config:
             raise ValueError(f"train.{asked[0]} needs held-out data: set data.eval")
         if self.log.samples and not (self.data.eval and self.checkpoint.check_export):
             raise ValueError("log.samples asks the exported student: set data.eval and checkpoint.check_export")
+        check_followers(self)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -81,3 +81,29 @@ def temporary(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="kdjax-test-", dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
+
+
+@pytest.fixture
+def local_engines(monkeypatch):
+    """Runs start engines in this process; the list holds them in the order in which they started."""
+    from local_engine import LocalEngine
+
+    started = []
+
+    def start(model, **options):
+        started.append(LocalEngine(model, **options))
+        return started[-1]
+
+    for module in ("sources", "student_engines"):
+        monkeypatch.setattr(f"kdjax.training.{module}.start_engine", start)
+    return started
+
+
+@pytest.fixture
+def on_policy_values(run_values):
+    """A run of six steps in which a small random student answers GSM8K, as plain values of a configuration."""
+    run_values["distill"] = {"loss": "rkl", "kd_ratio": 1.0, "on_policy_fraction": 1.0}
+    run_values["rollout"] = {"engine": "transformers", "max_new_tokens": 8}
+    run_values["train"] |= {"eval_every": None, "eval_rows": None}
+    run_values["data"].pop("eval")
+    return run_values

@@ -54,3 +54,37 @@ def test_another_head_is_refused(run_values, opened, fault):
     finally:
         stream.teachers = right
     assert stream.pool.usage().used == 0
+
+
+def test_chat_templates_that_disagree_are_told():
+    from types import SimpleNamespace
+
+    from data_tools import family
+
+    from kdjax.training import preflight
+
+    ours, theirs = family("qwen2.5"), family("llama3")
+    config = SimpleNamespace(
+        data=SimpleNamespace(chat_template=None, template_args={}), teacher=SimpleNamespace(path="teacher")
+    )
+    end = ours.convert_tokens_to_ids("<|im_end|>")
+
+    def told(teacher, stop_ids):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(preflight, "load_tokenizer", lambda path: teacher)
+            return preflight.check_templates(ours, config, stop_ids)
+
+    assert told(ours, {end}) == []
+    notes = "\n".join(told(theirs, {end}))
+    for words in ("<|im_end|>", "<|eot_id|>", "asks otherwise than the student's, from token 0"):
+        assert words in notes
+    with pytest.raises(
+        UserError, match=rf"ends an assistant's turn with '<\|im_end\|>' .* rollout.stop_ids: \[{end}\]"
+    ):
+        told(ours, {end + 1})
+    plain = family("qwen3")
+    plain.chat_template, kept = None, plain.chat_template
+    try:
+        assert told(plain, {end}) == ["warning: the teacher has no chat template of its own; it reads the student's"]
+    finally:
+        plain.chat_template = kept

@@ -2,16 +2,19 @@
 
 from kdjax.algorithms.base import Frozen, Teacher, Term, check_names, make_algorithm, register_algorithm
 from kdjax.algorithms.feature import Feature
+from kdjax.algorithms.policy_gradient import PolicyGradientAlgorithm, rollout_terms
 from kdjax.algorithms.vanilla import SFT, Vanilla
 
 __all__ = [
     "SFT",
     "Feature",
     "Frozen",
+    "PolicyGradientAlgorithm",
     "Teacher",
     "Term",
     "Vanilla",
     "check_names",
     "make_algorithm",
     "register_algorithm",
+    "rollout_terms",
 ]

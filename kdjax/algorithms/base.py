@@ -23,6 +23,7 @@ class Term(NamedTuple):
 
     The step divides ``sum`` by the ``count`` of the whole global batch, never of a micro-batch or a device, and adds
     ``weight`` times the result to the loss. ``count`` must depend on masks only. Weight 0 reports without training.
+    ``rows``, the values that ``sum`` adds up, are handed out by row where somebody wants them so.
     """
 
     sum: jax.Array
@@ -30,6 +31,8 @@ class Term(NamedTuple):
     count: jax.Array
     """float32 scalar: how many positions are in the sum."""
     weight: float = 1.0
+    rows: jax.Array | None = None
+    """float32 [N], or None."""
 
 
 class Frozen(nnx.Variable):

@@ -1,6 +1,7 @@
 """from rows in files to static batches: formats, chat templates, packing and the resumable stream."""
 
 from kdjax.data.batch import Batch, Document, HostBatch, Placed, bucket, collate
+from kdjax.data.prompts import Fault, Prompt, Prompts
 from kdjax.data.stream import DataStream, Statistics, eval_batches
 from kdjax.data.template import Encoder
 from kdjax.data.vocabulary import VocabularyMatch, compare_vocabularies, load_tokenizer, valid_ids
@@ -10,8 +11,11 @@ __all__ = [
     "DataStream",
     "Document",
     "Encoder",
+    "Fault",
     "HostBatch",
     "Placed",
+    "Prompt",
+    "Prompts",
     "Statistics",
     "VocabularyMatch",
     "bucket",

@@ -6,7 +6,7 @@ this module works on loss rows and never shifts again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ class Document:
 
     ``teacher_ids`` and ``teacher_loss`` are there when the teacher reads another prompt (context distillation). Its
     loss tokens are then the very same tokens in the same order, so row i of one lines up with row i of the other.
+    ``extras`` are numbers known of each loss token, by name.
     """
 
     ids: Int32[np.ndarray, " T"]
@@ -34,6 +35,7 @@ class Document:
     source: str
     teacher_ids: Int32[np.ndarray, " U"] | None = None
     teacher_loss: Bool[np.ndarray, " U"] | None = None
+    extras: Mapping[str, Float[np.ndarray, " n"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.loss.shape or self.ids.ndim != 1 or not self.ids.size or self.loss[0]:
@@ -42,6 +44,11 @@ class Document:
             raise ValueError(f"{self.source}: teacher_ids and teacher_loss go together")
         if self.teacher_ids is not None and not np.array_equal(self.teacher_labels, self.labels):
             raise ValueError(f"{self.source}: the teacher's loss tokens differ from the student's")
+        for name, values in self.extras.items():
+            if values.shape != self.labels.shape:
+                raise ValueError(
+                    f"{self.source}: {name} has {values.shape} numbers for {self.labels.shape} loss tokens"
+                )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,6 +92,8 @@ class Batch:
     Segment 0 is padding, segments count from 1 within a row and positions restart with each. ``rows`` index the
     flattened ``[B/G * S]`` positions of a data shard, so gathering never leaves the shard; padding entries are 0, with
     ``mask`` False. ``teacher_hidden`` has one array a teacher and is filled in by whatever asked the teachers.
+    ``extras`` are further numbers of each loss row, by name; a batch of data has none, one of rollouts says how each
+    token was sampled.
     """
 
     tokens: Int32[Array | np.ndarray, "*A B S"]
@@ -94,6 +103,7 @@ class Batch:
     labels: Int32[Array | np.ndarray, "*A G*N"]
     mask: Bool[Array | np.ndarray, "*A G*N"]
     teacher_hidden: tuple[Any, ...] = ()
+    extras: dict[str, Float[Array | np.ndarray, "*A G*N"]] = field(default_factory=dict)
 
     def gather(self, x: Float[Array, "B S D"]) -> Float[Array, "G*N D"]:
         """The loss rows of ``x``, shard after shard; padding entries repeat the shard's first row."""
@@ -120,7 +130,8 @@ class HostBatch:
     """All micro-batches of one optimizer step, still on the host.
 
     ``tokens`` counts positions that hold a token, ``padding`` the others, ``loss_tokens`` the rows that carry loss.
-    ``state`` is the stream's position right after this batch: save it with the step that used the batch.
+    ``state`` is the stream's position right after this batch: save it with the step that used the batch. ``report`` are
+    numbers about how it was made, ``seconds`` what that took, and ``notes`` lines that a person should see.
     """
 
     batch: Batch
@@ -129,6 +140,9 @@ class HostBatch:
     loss_tokens: int
     padding: int
     state: dict[str, Any] = field(default_factory=dict, compare=False)
+    report: dict[str, float] = field(default_factory=dict, compare=False)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def bucket(count: int, capacity: int, known: Collection[int] = ()) -> int:
@@ -150,11 +164,13 @@ def collate(
     accumulate: int = 1,
     shards: int = 1,
     known: Collection[int] = (),
+    extras: Sequence[str] = (),
 ) -> HostBatch:
     """Lay out at most ``accumulate * batch`` rows, each a list of documents, as one HostBatch.
 
     Rows are dealt to micro-batches and data shards so that each gets nearly the same number of loss rows: N is the
-    largest of them, raised to a static size (``bucket``, with the ``known`` ones). Missing rows are padding.
+    largest of them, raised to a static size (``bucket``, with the ``known`` ones). Missing rows are padding. The batch
+    gets these ``extras`` of the documents, 0 where a document has none.
     """
     if batch % shards:
         raise ValueError(f"{batch} rows do not divide over {shards} data shards")
@@ -169,6 +185,7 @@ def collate(
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
     index, labels = (np.zeros((accumulate, shards, size), np.int32) for _ in range(2))
     mask = np.zeros((accumulate, shards, size), bool)
+    numbers = {name: np.zeros((accumulate, shards, size), np.float32) for name in extras}
     placed = []
     for g, group in enumerate(groups):
         micro, shard = divmod(g, shards)
@@ -185,12 +202,15 @@ def collate(
                 index[micro, shard, offset:end] = document.loss_rows + (slot * seq_len + start)
                 labels[micro, shard, offset:end] = document.labels
                 mask[micro, shard, offset:end] = True
+                for name in numbers.keys() & document.extras.keys():
+                    numbers[name][micro, shard, offset:end] = document.extras[name]
                 placed.append(Placed(document, micro, shard, offset, row, start))
                 start, offset = stop, end
     flat = (accumulate, shards * size)
     used = sum(len(d) for row in rows for d in row)
+    numbers = {name: values.reshape(flat) for name, values in numbers.items()}
     return HostBatch(
-        batch=Batch(tokens, positions, segments, index, labels.reshape(flat), mask.reshape(flat)),
+        batch=Batch(tokens, positions, segments, index, labels.reshape(flat), mask.reshape(flat), extras=numbers),
         documents=tuple(placed),
         tokens=used,
         loss_tokens=sum(loss_rows),

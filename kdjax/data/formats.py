@@ -44,24 +44,23 @@ class RowReader:
     response_key: str = "response"
     text_key: str = "text"
     teacher_input_key: str | None = None
+    teacher_prompt: str | None = None
     system: str | None = None
 
     def __call__(self, row: Row) -> Example:
         """Raises RowError with the reason when the row does not have the form."""
         if self.format == "text":
-            if self.teacher_input_key is not None:
-                raise RowError("data.train.teacher_input_key needs a conversation, not plain text")
+            if self.teacher_input_key is not None or self.teacher_prompt is not None:
+                raise RowError("a prompt of the teacher's own needs a conversation, not plain text")
             return Example(text=_text(row, self.text_key))
         messages = {
             "chat": self._chat, "sharegpt": self._chat, "alpaca": self._alpaca, "prompt_response": self._pair,
             "prompt": self._prompt,
         }[self.format](row)  # fmt: skip
         teacher = None
-        if self.teacher_input_key is not None:
-            if messages[-1]["role"] != "assistant":
-                raise RowError("teacher_input_key needs a conversation that ends with the assistant")
-            prompt = _messages(_column(row, self.teacher_input_key), self.teacher_input_key)
-            teacher = self._with_system((*prompt, messages[-1]))
+        if self.teacher_input_key is not None or self.teacher_prompt is not None:
+            answer = messages[-1:] if messages[-1]["role"] == "assistant" else ()
+            teacher = self._with_system((*self._teachers(row), *answer))
         tools = row.get("tools") or None
         tools = _from_json(tools) if isinstance(tools, str) else tools
         if tools is not None and not isinstance(tools, list):
@@ -85,6 +84,19 @@ class RowReader:
 
     def _prompt(self, row: Row) -> tuple[Message, ...]:
         return _messages(_column(row, self.prompt_key), self.prompt_key)
+
+    def _teachers(self, row: Row) -> tuple[Message, ...]:
+        """The prompt that the teacher alone sees."""
+        if self.teacher_prompt is None:
+            return _messages(_column(row, self.teacher_input_key), self.teacher_input_key)
+        try:
+            return ({"role": "user", "content": self.teacher_prompt.format_map(row)},)
+        except KeyError as error:
+            raise RowError(
+                f"teacher_prompt names the column {error}; the columns are {', '.join(map(str, row))}"
+            ) from None
+        except (ValueError, IndexError, AttributeError) as error:
+            raise RowError(f"teacher_prompt: {error}; write braces that mean themselves twice, as {{{{") from None
 
     def _alpaca(self, row: Row) -> tuple[Message, ...]:
         prompt, extra = _text(row, "instruction"), row.get("input") or ""
@@ -132,7 +144,8 @@ def choose_reader(config: Any, columns: Sequence[str], where: str, *, system: st
         raise UserError(
             f"{where}: no column {missing[0]!r} for format {chosen!r}; the columns are {found}: name the right one"
         )
-    return RowReader(chosen, **keys, teacher_input_key=config.teacher_input_key, system=system)
+    teachers = {name: getattr(config, name) for name in ("teacher_input_key", "teacher_prompt")}
+    return RowReader(chosen, **keys, **teachers, system=system)
 
 
 def _column(row: Row, key: str) -> Any:

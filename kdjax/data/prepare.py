@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,25 @@ def truncate(document: Document, max_len: int) -> Document | None:
 
 
 def open_sources(
-    sources: Sequence[Any], data: Any, tokenizer: Any, *, max_len: int, vocab_size: int | None, seed: int
+    sources: Sequence[Any],
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_len: int,
+    vocab_size: int | None,
+    seed: int,
+    prepare: Callable[..., Callable[[int], Any]] = Prepare,
 ) -> list[grain.MapDataset]:
-    """Each source as a grain dataset of Prepared rows, in file order. Raises UserError for one that cannot be read."""
+    """Each source as a grain dataset of what ``prepare`` makes of its rows, in file order.
+
+    Raises UserError for one that cannot be read.
+    """
     encoder = make_encoder(data, tokenizer)
     opened = []
     for source in sources:
         rows, reader = open_source(source, data)
-        prepare = Prepare(rows, reader, encoder, data, max_len, vocab_size)
-        opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(prepare))
+        made = prepare(rows, reader, encoder, data, max_len, vocab_size)
+        opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(made))
     return opened
 
 

@@ -60,8 +60,8 @@ class Questions(Sequence[Question]):
         rows, reader, at = self._find(index)
         row = rows[at]
         example = reader(row)
-        messages, answer = _split(example.messages)
-        asked = messages if example.teacher is None else _split(example.teacher)[0]
+        messages, answer = split_answer(example.messages)
+        asked = messages if example.teacher is None else split_answer(example.teacher)[0]
         ids = self._encoder.prompt(asked, example.tools)
         if not ids.size:
             raise RowError("the chat template renders nothing")
@@ -88,7 +88,7 @@ def content_text(message: Message) -> str:
     return content or ""
 
 
-def _split(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str | None]:
+def split_answer(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str | None]:
     """The conversation up to the assistant's last turn, and that turn, if the conversation ends with one."""
     answer = None
     if messages[-1]["role"] == "assistant":

@@ -104,7 +104,7 @@ class DataStream(Iterator[HostBatch]):
         self._sizes = [len(rows) for rows in opened]
         self.rows_per_epoch = sum(self._sizes)
         weights = [None if in_order else source.weight for source in sources]
-        self._rows = _order(opened, weights, data.shuffle and not in_order, seed)
+        self._rows = order_rows(opened, weights, data.shuffle and not in_order, seed)
         ends = [] if epochs is None else [max(1, round(epochs * self.rows_per_epoch))]
         self._end = min([*ends, *([] if max_rows is None else [max_rows])], default=None)
         self._reader = self._read()
@@ -300,7 +300,9 @@ def eval_batches(
         stream.close()
 
 
-def _order(opened: list[grain.MapDataset], weights: list[float | None], shuffle: bool, seed: int) -> grain.MapDataset:
+def order_rows(
+    opened: list[grain.MapDataset], weights: list[float | None], shuffle: bool, seed: int
+) -> grain.MapDataset:
     """All sources as one endless dataset: shuffled anew every epoch, mixed by weight or, without weights, by size."""
     if len(opened) > 1 and any(weight is not None for weight in weights):
         if any(weight is None for weight in weights):

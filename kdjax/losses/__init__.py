@@ -2,7 +2,7 @@
 
 from kdjax.losses.divergences import akl, ce, hrl, jsd, kl, rkl, skl, srkl, top1_ce, tvd
 from kdjax.losses.head import Head
-from kdjax.losses.linear import linear_divergence, linear_objective, linear_statistics
+from kdjax.losses.linear import linear_divergence, linear_objective, linear_rows, linear_statistics
 from kdjax.losses.registry import divergence, divergence_names, find_divergence, register_divergence
 from kdjax.losses.vocab import MASKED, WHOLE, Vocab
 
@@ -21,6 +21,7 @@ __all__ = [
     "kl",
     "linear_divergence",
     "linear_objective",
+    "linear_rows",
     "linear_statistics",
     "register_divergence",
     "rkl",

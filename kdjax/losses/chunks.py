@@ -57,12 +57,14 @@ class Plan:
     """Their vocabularies."""
     chunk_rows: int | None
     mesh: Mesh | AbstractMesh | None
+    by_row: bool = False
+    """Also return the K values of every row, [K, N]."""
 
 
 def sums_and_gradients(
     plan: Plan, vocab: Vocab, sides: tuple[Side, ...], fixed: Fixed, asked: tuple[Side, ...]
-) -> tuple[jax.Array, tuple[tuple[Side, ...], ...]]:
-    """The sums [K] over these rows and, for each of the M totals, the gradients in ``sides``.
+) -> tuple[tuple[jax.Array, jax.Array | None], tuple[tuple[Side, ...], ...]]:
+    """The sums [K] over these rows, the values [K, N] if ``plan.by_row``, and the gradients of each of the M totals.
 
     ``asked`` is True where a gradient is wanted and None where not; nothing is formed there, if nowhere nothing at all.
     Gradients of weights and biases are summed in float32. With ``vocab`` split, those of hidden rows are this device's
@@ -81,20 +83,22 @@ def sums_and_gradients(
         sums, heads = carry
         hidden, labels, mask = block
         here = tuple(side._replace(hidden=h) for side, h in zip(sides, hidden, strict=True))
-        more, gradients = _chunk(plan, vocab, here, fixed._replace(labels=labels, mask=mask), asked)
+        (more, values), gradients = _chunk(plan, vocab, here, fixed._replace(labels=labels, mask=mask), asked)
         heads = jax.tree.map(jnp.add, heads, _only_heads(gradients))
-        return (sums + more, heads), _only_hidden(gradients)
+        return (sums + more, heads), (_only_hidden(gradients), values)
 
     totals, terms = fixed.mixture.shape
     zeros = jax.tree.map(lambda yes, x: jnp.zeros(x.shape, jnp.float32), asked, _where(asked, sides))
     start = jnp.zeros(terms, jnp.float32), _only_heads((zeros,) * totals)
     xs = jax.tree.map(blocks, (tuple(side.hidden for side in sides), fixed.labels, fixed.mask))
-    (sums, heads), hidden = lax.scan(step, start, xs)
+    (sums, heads), (hidden, values) = lax.scan(step, start, xs)
     hidden = jax.tree.map(lambda x: x.reshape(count * chunk, -1)[:rows], hidden)
     gradients = tuple(
         tuple(h._replace(hidden=r.hidden) for h, r in zip(*one, strict=True)) for one in zip(heads, hidden, strict=True)
     )
-    return sums, gradients
+    if plan.by_row:  # [chunks, K, rows of a chunk]
+        values = jnp.moveaxis(values, 1, 0).reshape(terms, count * chunk)[:, :rows]
+    return (sums, values), gradients
 
 
 def mix(mixture: jax.Array, sums: jax.Array) -> jax.Array:
@@ -122,16 +126,17 @@ def _chunk(plan: Plan, vocab: Vocab, sides: tuple[Side, ...], fixed: Fixed, aske
             z = _real(plan.heads[i].finish(raw, bias), plan.sizes[i], vocab)
             logits[i] = z if jax.tree.leaves(wanted) else lax.stop_gradient(z)
         values = plan.values(*logits, fixed.labels, fixed.keep, vocab, fixed.params)
-        sums = jnp.stack([jnp.where(fixed.mask, value, 0).sum() for value in values])
-        return mix(fixed.mixture, sums), sums
+        each = [jnp.where(fixed.mask, value, 0) for value in values]
+        sums = jnp.stack([value.sum() for value in each])
+        return mix(fixed.mixture, sums), (sums, jnp.stack(each) if plan.by_row else None)
 
-    mixed, pull, sums = jax.vjp(totals, raws, [side.bias for side in sides], has_aux=True)
+    mixed, pull, found = jax.vjp(totals, raws, [side.bias for side in sides], has_aux=True)
     gradients = []
     for one in jnp.eye(mixed.shape[0]):
         slopes, biases = pull(one)
         of_sides = zip(sides, plan.heads, slopes, biases, asked, strict=True)
         gradients.append(tuple(_gradient(*of_side) for of_side in of_sides))
-    return sums, tuple(gradients)
+    return found, tuple(gradients)
 
 
 def _gradient(side: Side, head: Head, slope: jax.Array, bias: jax.Array | None, asked: Side) -> Side:

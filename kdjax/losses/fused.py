@@ -27,24 +27,27 @@ from kdjax.sharding import BATCH_AXES, FSDP, TENSOR
 
 
 @partial(jax.jit, static_argnums=0)
-def totals_and_sums(plan: Plan, sides: tuple[Side, ...], fixed: Fixed) -> tuple[jax.Array, jax.Array]:
-    """float32 [M] totals, differentiable in ``sides``, and the [K] sums they are mixed from, which are not."""
+def totals_and_sums(plan: Plan, sides: tuple[Side, ...], fixed: Fixed) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """float32 [M] totals, differentiable in ``sides``, and what they are mixed from, which is not.
+
+    That is the [K] sums and, if ``plan.by_row``, the [K, N] values that are summed, else None.
+    """
     return _totals_and_sums(plan, sides, fixed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _totals_and_sums(plan: Plan, sides: tuple[Side, ...], fixed: Fixed) -> tuple[jax.Array, jax.Array]:
-    sums, _ = _run(plan, sides, fixed, jax.tree.map(lambda _: None, sides))
-    return mix(fixed.mixture, sums), sums
+def _totals_and_sums(plan: Plan, sides: tuple[Side, ...], fixed: Fixed) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    found, _ = _run(plan, sides, fixed, jax.tree.map(lambda _: None, sides))
+    return mix(fixed.mixture, found[0]), found
 
 
 def _forward(plan: Plan, sides, fixed):
     # Only what is being differentiated costs a product: not a frozen head, and as a rule nothing of the teacher's.
     asked = jax.tree.map(lambda x: x.perturbed or None, sides)
     sides, fixed = (jax.tree.map(lambda x: x.value, tree) for tree in (sides, fixed))
-    sums, gradients = _run(plan, sides, fixed, asked)
+    found, gradients = _run(plan, sides, fixed, asked)
     likes = jax.tree.map(lambda x: jnp.empty(0, x.dtype), sides)
-    return (mix(fixed.mixture, sums), sums), (gradients, likes)
+    return (mix(fixed.mixture, found[0]), found), (gradients, likes)
 
 
 def _backward(plan: Plan, saved, cotangents):
@@ -98,18 +101,20 @@ def _run_sharded(plan: Plan, batch: tuple[str, ...], tensor: tuple[str, ...], si
     )
 
     def shard(sides, fixed):
-        sums, gradients = sums_and_gradients(plan, Vocab(*tensor), sides, fixed, asked)
+        (sums, values), gradients = sums_and_gradients(plan, Vocab(*tensor), sides, fixed, asked)
         reduced = tuple(
             tuple(_added_up(*each, batch, tensor) for each in zip(one, plan.heads, scattered, strict=True))
             for one in gradients
         )
-        return _psum(sums, batch), reduced
+        return (_psum(sums, batch), values), reduced
 
     in_specs = _present((sides, fixed), (side_specs, fixed_specs))
-    out_specs = P(), tuple(_present(asked, gradient_specs) for _ in range(fixed.mixture.shape[0]))
+    by_row = P(None, *over_rows) if plan.by_row else None
+    out_specs = (P(), by_row), tuple(_present(asked, gradient_specs) for _ in range(fixed.mixture.shape[0]))
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    sums, gradients = mapped(sides, fixed)
-    return sums, tuple(_resized(plan, one, rows, sizes) for one in gradients)
+    (sums, values), gradients = mapped(sides, fixed)
+    values = values[:, :rows] if plan.by_row else None
+    return (sums, values), tuple(_resized(plan, one, rows, sizes) for one in gradients)
 
 
 def _added_up(side: Side, head: Head, scatter: bool, batch: tuple[str, ...], tensor: tuple[str, ...]) -> Side:

@@ -95,14 +95,55 @@ def linear_objective(
         raise UserError(f"kd_ratio is {kd_ratio}, it must be between 0 and 1")
     student = student_hidden, as_head(student_head)
     if not _has_teacher(teacher_hidden, teacher_head) or (known and kd_ratio == 0):
-        total, sums = _totals(Terms(None, (), True), (student,), labels, mask, {}, jnp.ones((1, 1)), mesh, chunk_rows)
+        alone = Terms(None, (), True)
+        total, (sums, _) = _totals(alone, (student,), labels, mask, {}, jnp.ones((1, 1)), mesh, chunk_rows)
         return total[0], _count(mask), {"ce": sums[0]}
     found = _comparison(divergence)
     static, traced = _split(found.checked(temperature, params))
     mixture = jnp.stack([jnp.asarray(kd_ratio, jnp.float32), 1 - jnp.asarray(kd_ratio, jnp.float32)])[None]
     rows = student, (teacher_hidden, as_head(teacher_head))
-    total, (kd_sum, ce_sum) = _totals(Terms(found, static, True), rows, labels, mask, traced, mixture, mesh, chunk_rows)
+    both = Terms(found, static, True)
+    total, ((kd_sum, ce_sum), _) = _totals(both, rows, labels, mask, traced, mixture, mesh, chunk_rows)
     return total[0], _count(mask), {"kd": kd_sum, "ce": ce_sum}
+
+
+def linear_rows(
+    values: Callable[..., tuple[Array, ...]],
+    student_hidden: Float[Array, "N D"],
+    student_head: Head | Float[Array, "D V"],
+    teacher_hidden: Float[Array, "N E"],
+    teacher_head: Head | Float[Array, "E V"],
+    *,
+    rows: dict[str, Array],
+    mask: Bool[Array, " N"],
+    mesh: Mesh | AbstractMesh | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Scalar, dict[str, Float[Array, " N"]]]:
+    """A function of both logits and of what else is known of a row: its first value summed, and all of them by row.
+
+    Args:
+        values: hashable, ``(student_logits, teacher_logits, rows, keep, vocab) -> K`` arrays of one float32 value a row
+            of a chunk, named by its attribute ``names``. ``keep`` marks the ids valid in both heads (None: all).
+        rows: [N] arrays by name.
+
+    Returns the first value's sum over the rows in ``mask``, differentiable in the student's hidden rows and head, and
+    the values of every row without gradient, 0 outside the mask. The other values should be made of ``stop_gradient``
+    logits, or slopes that come to nothing are computed. Other arguments and errors as ``linear_divergence``.
+    """
+    sides = (student_hidden, as_head(student_head)), (teacher_hidden, as_head(teacher_head))
+    mixture = jnp.eye(1, len(values.names))
+    total, (_, by_row) = _totals(_Plain(values), sides, rows, mask, {}, mixture, mesh, chunk_rows, by_row=True)
+    return total[0], dict(zip(values.names, by_row, strict=True))
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A function without traced parameters."""
+
+    values: Callable[..., tuple[Array, ...]]
+
+    def __call__(self, student, teacher, rows, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
+        return self.values(student, teacher, rows, keep, vocab)
 
 
 def linear_statistics(
@@ -137,7 +178,7 @@ def linear_statistics(
     if groups is not None:
         known["groups"], shape = groups, (group_count,)
     mixture = jnp.zeros((0, len(names) * (group_count or 1)))
-    _, sums = _totals(Statistics(group_count), tuple(rows), known, mask, {}, mixture, mesh, chunk_rows)
+    _, (sums, _) = _totals(Statistics(group_count), tuple(rows), known, mask, {}, mixture, mesh, chunk_rows)
     sums = sums.reshape(len(names), *shape)
     count = _count(mask) if groups is None else jnp.stack([_count(mask & (groups == g)) for g in range(group_count)])
     return dict(zip(names, sums, strict=True)) | {"count": count}
@@ -157,7 +198,8 @@ class Terms:
     def __call__(self, student, teacher, labels, keep, vocab: Vocab, traced: dict[str, Array]) -> tuple[Array, ...]:
         values = []
         if self.divergence is not None:
-            values.append(self.divergence(*_common(student, teacher, keep), vocab=vocab, **dict(self.params), **traced))
+            common = common_ids(student, teacher, keep)
+            values.append(self.divergence(*common, vocab=vocab, **dict(self.params), **traced))
         if self.cross_entropy:
             values.append(ce(student, labels, vocab=vocab))
         return tuple(values)
@@ -185,12 +227,12 @@ def _statistics(student, teacher, labels, keep, vocab: Vocab) -> tuple[Array, ..
     values = student_ce, (vocab.argmax(student) == labels).astype(jnp.float32), entropy
     if teacher is None:
         return values
-    q, p = _common(student, teacher, keep)
+    q, p = common_ids(student, teacher, keep)
     same = vocab.argmax(q) == vocab.argmax(p)
     return *values, *own(teacher), kl(q, p, vocab=vocab), rkl(q, p, vocab=vocab), same.astype(jnp.float32)
 
 
-def _common(student: Array, teacher: Array, keep: Array | None) -> tuple[Array, Array]:
+def common_ids(student: Array, teacher: Array, keep: Array | None) -> tuple[Array, Array]:
     """Both logits on the ids that both heads have, without those that are not valid in both."""
     columns = min(student.shape[-1], teacher.shape[-1])
     return masked(student[..., :columns], keep), masked(teacher[..., :columns], keep)
@@ -205,7 +247,8 @@ def _totals(
     mixture: Array,
     mesh: Mesh | AbstractMesh | None,
     chunk_rows: int | None,
-) -> tuple[Array, Array]:
+    by_row: bool = False,
+) -> tuple[Array, tuple[Array, Array | None]]:
     heads = [head for _, head in rows]
     _check(rows, labels, mask, chunk_rows)
     plan = Plan(
@@ -214,6 +257,7 @@ def _totals(
         sizes=tuple(head.vocabulary for head in heads),
         chunk_rows=chunk_rows,
         mesh=_ambient() if mesh is None else mesh,
+        by_row=by_row,
     )
     sides = tuple(Side(hidden, head.weight, head.bias) for hidden, head in rows)
     fixed = Fixed(labels, mask, _valid_in_both(heads), jax.lax.stop_gradient(mixture), jax.lax.stop_gradient(traced))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +20,17 @@ from kdjax.disk import free_bytes, size_text, why_full
 from kdjax.errors import UserError
 
 # What may differ between the run that saved and the run that goes on: where things go, not what is computed.
-_ENGINE = ("engine", "tp", "pp", "ep", "mem_fraction", "args", "threads", "lookahead", "start_timeout", "timeout")
-_FREE = {
-    *("output", "overwrite", "log", "checkpoint", "mesh", "generate", "data.workers"),
-    *(f"train.{key}" for key in ("eval_every", "eval_rows", "eval_functions")),
-    *(f"teacher.{key}" for key in (*_ENGINE, "restarts", "preflight")),
+_FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "generate"} | {
+    f"{group}.{key}"
+    for group, keys in {
+        "train": "eval_every eval_rows eval_functions",
+        "data": "workers",
+        "teacher": "engine tp pp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
+        "resident",
+        "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout resident "
+        "show_every max_k3",
+    }.items()
+    for key in keys.split()
 }
 
 
@@ -209,6 +217,17 @@ def refuse_other_config(saved: dict[str, Any], config: Config) -> None:
             f"{config.output} holds a checkpoint of another configuration (differs in {', '.join(differing)}); "
             "restore those values, choose another output, or start anew with overwrite=true"
         )
+
+
+def identity(config: Config) -> str:
+    """A word for all in ``config`` that decides what is computed: equal for runs that may go on from each other."""
+
+    def kept(value: Any, prefix: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: kept(v, f"{prefix}{k}.") for k, v in sorted(value.items()) if f"{prefix}{k}" not in _FREE}
+
+    return hashlib.sha256(json.dumps(kept(to_dict(config), "")).encode()).hexdigest()[:16]
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> set[str]:

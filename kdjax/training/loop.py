@@ -30,11 +30,13 @@ from kdjax.training.folder import RunFolder
 from kdjax.training.interrupt import Interrupt
 from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer, make_schedule
-from kdjax.training.preflight import check_export, check_teacher
+from kdjax.training.preflight import check_export, check_student, check_teacher
 from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import export_student, make_student
+
+TEACHER = "teacher"  # the name of a self-teacher's weights among the arrays that are saved
 
 
 @dataclass
@@ -81,6 +83,7 @@ class _Run:
                 self.model = make_student(config, self.stream.mesh)
                 algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
                 self.step = make_step(self.model, algorithm, make_optimizer(config.train, self.steps), self.stream.mesh)
+                self.stream.attach(self.step)
             if config.teacher.path is not None:
                 with display.stage(f"teacher ({config.teacher.engine})"):
                     self.stream.wait_ready()
@@ -90,6 +93,10 @@ class _Run:
             start = self._resume()
             with display.stage("held-out rows"):
                 self.held_out = self.stream.evaluation(held_out)
+            if self.stream.students is not None:
+                with display.stage(f"rollouts ({config.rollout.engine})"):
+                    for line in check_student(self.stream, self.step):
+                        display.line(line)
             self.evaluate = Evaluator(self.model, self.stream.teachers, self.stream.mesh)
             with Metrics(self.folder, config, start) as self.metrics:
                 self._describe(start)
@@ -116,8 +123,11 @@ class _Run:
         if self.checkpoints.latest is None:
             return 0
         with self.display.stage(f"resume from step {self.checkpoints.latest}"):
-            state, meta = self.checkpoints.restore(self.step.state, self.display.line)
+            state, meta = self.checkpoints.restore(self._state(), self.display.line)
+            teacher = state.pop(TEACHER, None)
             self.step.restore(state)
+            if teacher is not None:
+                self.stream.self_teacher.restore(teacher)
             self.stream.restore(meta["position"])
             self.position = meta["position"]
         self.result.steps = int(state["step"])
@@ -144,7 +154,11 @@ class _Run:
             pending = None if last or evaluate or save else self._dispatch()
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             self._refuse_nonsense(number, values, batch)
+            self._refuse_strangers(number, values)
             self.run_folder.keep()
+            values |= batch.host.report
+            for line in batch.host.notes:
+                display.line(line)
             self.position, self.result.steps = batch.host.state, number
             display.advance(number, values["loss"])
             window.add(batch)
@@ -193,6 +207,25 @@ class _Run:
             f"{self.checkpoints.newest()}; {mend}"
         )
 
+    def _refuse_strangers(self, number: int, values: dict[str, float]) -> None:
+        """Stop when the engine that writes is not the student that learns."""
+        rollout = self.config.rollout
+        if self.stream.students is None:
+            return
+        if "rollout/k3" not in values:
+            raise UserError(
+                f"distill.algorithm={self.config.distill.algorithm} does not report rollout/k3, so nobody would notice "
+                f"an engine with other weights: build its terms with kdjax.algorithms.rollout_terms"
+            )
+        if rollout.max_k3 is not None and not values["rollout/k3"] <= rollout.max_k3:
+            raise UserError(
+                f"step {number}: trainer and rollout engine disagree about the sampled tokens, k3 = "
+                f"{values['rollout/k3']:.3g} nats a token (rollout.max_k3={rollout.max_k3}). Either the engine's "
+                f"weights are not the student's (versions up to {rollout.max_staleness} steps old are allowed by "
+                f"rollout.max_staleness), or it computes in another dtype (rollout.dtype) or numerics; if staleness "
+                f"alone explains it, lower it or the learning rate, or raise rollout.max_k3"
+            )
+
     def _evaluate(self, step: int) -> bool:
         """Held-out numbers of the weights as they are; True when patience has run out."""
         if not self.held_out:
@@ -220,7 +253,12 @@ class _Run:
 
     def _save(self, step: int) -> None:
         meta = {"position": self.position, "evaluations": {str(s): v for s, v in self.result.evaluations.items()}}
-        self.checkpoints.save(step, self.step.state, meta)
+        self.checkpoints.save(step, self._state(), meta)
+
+    def _state(self) -> dict[str, Any]:
+        """Everything with arrays that a run is made of."""
+        teacher = self.stream.self_teacher
+        return self.step.state if teacher is None else self.step.state | {TEACHER: teacher.params}
 
     def _finish(self) -> None:
         config, result, display = self.config, self.result, self.display
@@ -234,6 +272,8 @@ class _Run:
             display.line(f"keeping step {result.kept_step}, the best held-out loss")
         with display.stage("export"):
             export_student(self.model, config, result.export)
+            if config.checkpoint.export_teacher:
+                export_student(self.stream.self_teacher.model, config, self.folder / "export_teacher")
             self.checkpoints.wait()
         self.run_folder.keep()
         if result.evaluations:

@@ -6,6 +6,7 @@ says; after export, transformers' log-probabilities are compared with the studen
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from bridge.client import start_engine
 from bridge.engine import Prefill
+from kdjax.data import Encoder, load_tokenizer
+from kdjax.data.formats import Example, RowError
 from kdjax.errors import UserError
 from kdjax.training.samples import Sample, answer_samples
 
 SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 4, 128
+LIMITS = {"float32": (1e-3, 1e-3), "bfloat16": (0.03, 0.3)}  # nats: the mean and the largest difference
 
 
 def check_teacher(stream: Any) -> float:
@@ -51,7 +55,7 @@ def check_teacher(stream: Any) -> float:
     with jax.set_mesh(stream.mesh):
         ours = np.asarray(_log_probabilities(hidden, head, labels))
     gap = np.abs(ours - np.concatenate(theirs))
-    limit_mean, limit_max = (1e-3, 1e-3) if hidden.dtype == jnp.float32 else (0.03, 0.3)
+    limit_mean, limit_max = LIMITS[hidden.dtype.name]
     if not (gap.mean() <= limit_mean and gap.max() <= limit_max):
         raise UserError(
             f"preflight: log-probabilities recomputed from the teacher's hidden rows differ from the engine's own by "
@@ -67,19 +71,95 @@ def check_export(stream: Any, model: nnx.Module, folder: Path) -> tuple[float, l
     Returns the largest difference in nats on a few documents, and the answers.
     """
     documents = _sample(stream)
-    length = max(len(ids) for ids in documents)
-    tokens = np.zeros((len(documents), length), np.int32)
+    ours = _scores(stream, model, documents)
+    with start_engine(folder, kind="transformers", dtype="float32", log=folder.parent / "export.log") as engine:
+        theirs = engine.score(documents)
+        samples = answer_samples(engine, stream)
+    return float(np.abs(ours - np.concatenate(theirs)).max()), samples
+
+
+def check_student(stream: Any, step: Any) -> list[str]:
+    """Wait for the student's engines, send them its weights, and compare what both sides say of a few prompts.
+
+    Returns what a person should know about how the models' chat templates differ. Raises UserError when they disagree
+    by more than ``check_teacher`` allows, or when nothing would end a response.
+    """
+    students = stream.students
+    students.wait_ready()
+    students.follow()
+    documents = [ids for ids in _sample(stream) if len(ids) > 1]
+    gap = np.abs(_scores(stream, step.model, documents) - np.concatenate(students.score(documents)))
+    limit_mean, limit_max = LIMITS["float32" if students.dtype == step.model.compute.dtype == "float32" else "bfloat16"]
+    if not (gap.mean() <= limit_mean and gap.max() <= limit_max):
+        raise UserError(
+            f"preflight: the student's engine gives log-probabilities that differ from the trainer's by "
+            f"{gap.mean():.3g} nats on average and {gap.max():.3g} at most (allowed {limit_mean} and {limit_max}); its "
+            f"weights did not arrive, or it computes otherwise than the student"
+        )
+    return check_templates(stream.tokenizer, stream.config, students.stop_ids)
+
+
+def check_templates(tokenizer: Any, config: Any, stop_ids: set[int]) -> list[str]:
+    """How the student's chat template ends a turn, and how the teacher's shows the same conversation.
+
+    Returns warnings. Raises UserError when a turn ends with a special token that does not end a response.
+    """
+    ours = _shown(tokenizer, config)
+    if ours is None:
+        return []
+    ids, end = ours
+    name = tokenizer.convert_ids_to_tokens(end)
+    if end not in stop_ids and end in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+        raise UserError(
+            f"preflight: the chat template ends an assistant's turn with {name!r} (id {end}), which does not stop the "
+            f"student's engine (it stops at {sorted(stop_ids)}): set rollout.stop_ids: [{end}]"
+        )
+    teacher = load_tokenizer(config.teacher.path)
+    theirs = _shown(teacher, config)
+    notes = [] if end in stop_ids else [f"warning: the chat template ends a turn with {name!r}, no special token"]
+    if theirs is None:
+        return [*notes, "warning: the teacher has no chat template of its own; it reads the student's"]
+    asked, other = theirs
+    if other != end:
+        theirs_end = teacher.convert_ids_to_tokens(other)
+        notes.append(f"warning: a turn ends with {name!r} for the student and with {theirs_end!r} for the teacher")
+    if not np.array_equal(ids, asked):
+        at = len(os.path.commonprefix([ids.tolist(), asked.tolist()]))
+        ours, theirs = tokenizer.decode(ids[at : at + 8]), teacher.decode(asked[at : at + 8])
+        notes.append(
+            f"warning: the teacher's own chat template asks otherwise than the student's, from token {at} on (student: "
+            f"{ours!r}, teacher: {theirs!r}); it reads the student's form. Thinking switched on or off is a common "
+            f"reason: data.template_args"
+        )
+    return notes
+
+
+def _shown(tokenizer: Any, config: Any) -> tuple[np.ndarray, int] | None:
+    """Ids of a question as a prompt, and the token that ends the answer to it; None without a chat template."""
+    template = config.data.chat_template
+    encoder = Encoder(
+        tokenizer,
+        chat_template=None if template is None else Path(template).read_text(encoding="utf-8"),
+        template_args=config.data.template_args,
+    )
+    asked = ({"role": "user", "content": "1 + 1?"},)
+    try:
+        (document,) = encoder(Example((*asked, {"role": "assistant", "content": "2"})), "preflight")[-1:]
+        return encoder.prompt(asked), int(document.labels[-1])
+    except (UserError, RowError):
+        return None
+
+
+def _scores(stream: Any, model: nnx.Module, documents: list[np.ndarray]) -> np.ndarray:
+    """The trainer's own log-probabilities of all documents' tokens but the first of each, one after the other."""
+    tokens = np.zeros((len(documents), max(len(ids) for ids in documents)), np.int32)
     for row, ids in zip(tokens, documents, strict=True):
         row[: len(ids)] = ids
     with jax.set_mesh(stream.mesh):
         hidden = jax.jit(lambda m, t: m(t))(model, tokens)
         flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        ours = np.asarray(_log_probabilities(flat, model.head(), tokens[:, 1:].reshape(-1))).reshape(len(tokens), -1)
-    with start_engine(folder, kind="transformers", dtype="float32", log=folder.parent / "export.log") as engine:
-        theirs = engine.score(documents)
-        samples = answer_samples(engine, stream)
-    gap = max(np.abs(o[: len(t)] - t).max() for o, t in zip(ours, theirs, strict=True))
-    return float(gap), samples
+        found = np.asarray(_log_probabilities(flat, model.head(), tokens[:, 1:].reshape(-1))).reshape(len(tokens), -1)
+    return np.concatenate([row[: len(ids) - 1] for row, ids in zip(found, documents, strict=True)])
 
 
 def _sample(stream: Any) -> list[np.ndarray]:

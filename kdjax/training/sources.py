@@ -42,7 +42,14 @@ from kdjax.losses import Head
 from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
 from kdjax.training.revive import Revived
+from kdjax.training.rollout import RolloutStream
+from kdjax.training.self_teacher import SelfTeacher
+from kdjax.training.step import Step
 from kdjax.training.student import student_vocabulary, tokenizer_path
+from kdjax.training.student_engines import StudentEngines, sleeping
+from kdjax.training.turns import Turns
+
+LOG_RATIO = "rollout/kl"
 
 LEAST_ROWS = 1024  # of a pool, so that the preflight's sample fits whatever the batch
 POLL_SECONDS = 0.2  # between looks at whether a wait is still wanted
@@ -62,6 +69,8 @@ class DeviceBatch:
     seconds: dict[str, float] = field(default_factory=dict)
     """How long the teacher, the transfer and the wait for them took."""
     release_after: Any = lambda array: None
+    by_row: dict[str, jax.Array] = field(default_factory=dict)
+    """What the step that used it says of each loss row, [A, G·N], by term."""
 
 
 class Stream:
@@ -89,6 +98,10 @@ class Stream:
         self._engine: RemoteEngine | None = None
         self._revived: Revived | None = None
         self._worker: _Ahead | None = None
+        self._taken: DeviceBatch | None = None
+        self._step: Step | None = None
+        self._turns = Turns()
+        self.self_teacher: SelfTeacher | None = None
         self.teachers: tuple[Teacher, ...] = ()
         self._shape = dict(batch=rows, shards=self.shards, vocab_size=student_vocabulary(config))
         try:
@@ -106,9 +119,11 @@ class Stream:
         self.tokenizer = load_tokenizer(tokenizer_path(config))
         if head is not None:
             self.teachers = (Teacher(replace(head, valid=self._shared_ids(head)), head.width, config.teacher.path),)
-        self.data = DataStream(
-            config.data, self.tokenizer, accumulate=config.train.accumulate, seed=config.train.seed, **self._shape
-        )
+        shape = self._shape | {"accumulate": config.train.accumulate}
+        if config.distill.on_policy_fraction:
+            self.data = RolloutStream(config, self.tokenizer, **shape)
+        else:
+            self.data = DataStream(config.data, self.tokenizer, seed=config.train.seed, **shape)
         self._exit.callback(self.data.close)
 
     def _start_teacher(self, log: Path | None) -> Head:
@@ -123,7 +138,7 @@ class Stream:
             raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
         # A slot holds a batch in which every position carries loss; 64 rows are enough to align the next one.
         self._slot_rows = config.train.batch_size * config.data.max_len // self.shards
-        self._slots = teacher.lookahead + 2
+        self._slots = self._lookahead + 2
         room, width = max(self._slots * (self._slot_rows + 64), LEAST_ROWS), model.hidden_size
         # On GPUs every data shard has rows of its own on each GPU that trains on it; a CPU's devices share one memory.
         self.pool = HiddenPool.create(
@@ -150,6 +165,16 @@ class Stream:
         self._shape["vocab_size"] = min(self._shape["vocab_size"], model.vocab_size)
         return head
 
+    @property
+    def _lookahead(self) -> int:
+        """How many batches may be ready before they are asked for."""
+        config = self.config
+        if config.colocate:
+            return 0
+        if config.distill.on_policy_fraction:
+            return max(1, config.rollout.max_staleness)
+        return config.teacher.lookahead if config.teacher.path else 1
+
     def _shared_ids(self, head: Head) -> jax.Array:
         """bool [V]: the ids that mean something to both models. Raises UserError when their vocabularies differ."""
         theirs = load_tokenizer(self.config.teacher.path)
@@ -165,20 +190,78 @@ class Stream:
     def take(self, give_up: Callable[[], Any]) -> DeviceBatch | None:
         """The next batch, or None as soon as ``give_up()`` is true while the teacher is waited for."""
         if self._worker is None:
-            self._worker = _Ahead(self._produce, self.config.teacher.lookahead if self._engine else 1)
+            if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
+                raise UserError("engines are to follow a student in training: call stream.attach(step) first")
+            self._produced = 0 if self._step is None else self._step.number
+            self._worker = _Ahead(self._produce, self._lookahead)
             self._exit.callback(self._worker.stop)
+        synced = self._follow()
         start = time.perf_counter()
         made = self._worker.take(give_up)
+        self._turns.enter("train")
         if made is None:
             return None
         host, lease, seconds = made
-        seconds = seconds | {"waiting": time.perf_counter() - start}
+        seconds = synced | seconds | {"waiting": time.perf_counter() - start}
         start = time.perf_counter()
         arrays = self.place(host, lease)
         batch = DeviceBatch(arrays, host, seconds | {"transfer": time.perf_counter() - start})
         if lease is not None:
             batch.release_after = lambda array: self._leases.append((array, lease))
+        self._taken = batch
         return batch
+
+    def attach(self, step: Step) -> None:
+        """Let engines that follow the student take its weights from ``step``: those that write its responses, and a
+        teacher that is its earlier self. Where there are such, this is needed before the first batch."""
+        config, self._step = self.config, step
+        if isinstance(self.data, RolloutStream):
+            known = valid_ids(self.tokenizer, student_vocabulary(config))
+            end = self.tokenizer.eos_token_id
+            self.data.engines = StudentEngines(
+                config,
+                step,
+                Path(config.output),
+                banned_ids=np.flatnonzero(~known).tolist(),
+                stop_ids=[] if end is None else [end],
+                shared=None if config.rollout.engines else self._engine,
+            )
+        if config.teacher.update_every is not None:
+            every, decay = config.teacher.update_every, config.teacher.ema_decay
+            shared = self.students is not None and config.rollout.engines == 0
+            self.self_teacher = SelfTeacher(
+                step, self._engine, self.teachers[0].head, every=every, decay=decay, shared=shared
+            )
+            self._exit.callback(self.self_teacher.close)
+        if config.colocate:
+            engines = {"student": self.students.engines if self.students else [], "teacher": [self._engine]}
+            resident = {"student": config.rollout.resident, "teacher": config.teacher.resident}
+            self._turns = Turns(engines, resident)
+            for follower in filter(None, (self.students, self.self_teacher)):
+                follower.turns = self._turns
+
+    @property
+    def students(self) -> StudentEngines | None:
+        """The engines that run the student."""
+        return self.data.engines if isinstance(self.data, RolloutStream) else None
+
+    def _follow(self) -> dict[str, float]:
+        """Bring the engines that follow the student up to date; returns the seconds it took."""
+        if isinstance(self.data, RolloutStream):
+            self._look_back()
+        if self.config.colocate:
+            jax.block_until_ready([array for array, _ in self._leases])
+            self._turns.enter("train")
+        followers = [follower for follower in (self.students, self.self_teacher) if follower is not None]
+        start = time.perf_counter()
+        for follower in followers:
+            follower.follow()
+        return {"sync": time.perf_counter() - start} if followers else {}
+
+    def _look_back(self) -> None:
+        if self._taken is not None and LOG_RATIO in self._taken.by_row:
+            self.data.learned(self._taken.host, np.asarray(self._taken.by_row[LOG_RATIO]))
+        self._taken = None
 
     def state(self) -> dict[str, Any]:
         """The data position before anything was taken; afterwards each ``batch.host`` carries its own."""
@@ -209,10 +292,13 @@ class Stream:
                 jax.block_until_ready(arrays.teacher_hidden)
                 lease.release()
             batches.append(DeviceBatch(arrays, host))
+        self._turns.enter("train")
         return batches
 
     def documents(self, count: int, *, held_out: bool = False) -> list[Document]:
         """At most ``count`` usable documents, equally many from the start of each training or held-out source."""
+        if isinstance(self.data, RolloutStream) and not held_out:
+            return self.data.sample(count)
         data = replace(self.config.data, on_bad_row="skip")
         if held_out:
             data = replace(data, train_on="assistant")
@@ -253,8 +339,11 @@ class Stream:
 
     def _produce(self) -> tuple[HostBatch, Lease | None, dict[str, float]]:
         host = next(self.data)
+        self._produced += 1
+        if self.self_teacher is not None:
+            self.self_teacher.wait_for(self._produced)
         lease, seconds = self._consult(host)
-        return host, lease, seconds
+        return host, lease, host.seconds | seconds
 
     def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
         """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took."""
@@ -270,11 +359,19 @@ class Stream:
                 Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
                 for p in host.documents
             ]
-            self._revived.ask(lambda engine: engine.prefill(prompts))
+            self._revived.ask(lambda engine: self._prefill(engine, prompts))
         except BaseException:
             lease.release()
             raise
         return lease, {"teacher": time.perf_counter() - start}
+
+    def _prefill(self, engine: RemoteEngine, prompts: list[Prefill]) -> None:
+        """Ask the teacher. One that follows the student gets its weights again after a new start; held-out rows, asked
+        for before the first batch, are those of the teacher as it was at the start of the run."""
+        if self.self_teacher is not None and self._worker is not None:
+            self.self_teacher.send()
+        self._turns.enter("prefill")
+        engine.prefill(prompts)
 
     def _reclaim(self) -> None:
         """Give back the rows of steps that are done; with no free slot left, wait for the oldest step."""
@@ -301,7 +398,9 @@ class Stream:
             self.pool.close()
 
     def close(self) -> None:
-        """Stop the teacher and free the pool; safe to call twice."""
+        """Stop the engines and free the pool; safe to call twice."""
+        if self._taken is not None and all(array.is_ready() for array in self._taken.by_row.values()):
+            self._look_back()
         self._exit.close()
 
     def __enter__(self) -> Stream:
@@ -339,7 +438,7 @@ def engine_options(config: Config) -> dict[str, Any]:
         mem_fraction_static=teacher.mem_fraction,
         trust_remote_code=teacher.trust_remote_code,
     )
-    return named | dict(teacher.args)
+    return named | sleeping(config) | dict(teacher.args)
 
 
 def _gpus_of_shards(mesh: Mesh, shards: int) -> list[list[int]]:

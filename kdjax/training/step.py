@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from kdjax.algorithms.base import Term
+from kdjax.algorithms.base import Frozen, Term
 from kdjax.data.batch import Batch
+from kdjax.losses import Head
 
 Metrics = dict[str, jax.Array]
 
@@ -23,7 +25,8 @@ class Step:
     Calling it with a device batch (arrays stacked ``[A, ...]`` over micro-batches) dispatches one update and returns
     float32 scalars without waiting: ``loss``, each term as Σsum/Σcount, ``grad_norm`` and ``loss_tokens``. The state
     (float32 masters, optimizer moments, step number) is donated, so it exists once; ``model`` and ``algorithm`` always
-    hold the newest parameters.
+    hold the newest parameters. ``number`` steps have made them; whoever reads them from another thread holds ``lock``,
+    or the next step would take their memory away.
 
     With a teacher, ``teacher_bad_rows`` counts rows that carry loss and hold NaN or Inf. Where there is one, or where
     loss or gradient are not finite, the state stays as it was.
@@ -37,6 +40,7 @@ class Step:
         mesh: Mesh | None = None,
     ) -> None:
         self.model, self.algorithm, self.mesh = model, algorithm, mesh or _mesh_of(model)
+        self.number, self.lock = 0, threading.Lock()
         self._graphs, params, self._frozen = _split(model, algorithm)
         replicated = NamedSharding(self.mesh, P())
         on_mesh = partial(_on_mesh, replicated=replicated)
@@ -49,16 +53,19 @@ class Step:
         self._update = jax.jit(
             lambda state, frozen, batch: _update(graphs, optimizer, state, frozen, batch),
             donate_argnums=0,
-            out_shardings=(self.shardings, replicated, replicated),
+            out_shardings=(self.shardings, replicated, replicated, replicated),
         )
         self._sound = jax.jit(lambda params, frozen, batch: _is_sound(_differentiate(graphs, params, frozen, batch)))
 
     def __call__(self, batch: Any) -> Metrics:
-        with jax.set_mesh(self.mesh):
-            self.state, metrics, verdict = self._update(self.state, self._frozen, getattr(batch, "arrays", batch))
-        self._publish()
+        with self.lock, jax.set_mesh(self.mesh):
+            arrays = getattr(batch, "arrays", batch)
+            self.state, metrics, verdict, by_row = self._update(self.state, self._frozen, arrays)
+            self.number += 1
+            self._publish()
         if hasattr(batch, "release_after"):
             batch.release_after(verdict)
+            batch.by_row = by_row
         return metrics
 
     def sound(self, arrays: Batch) -> bool:
@@ -66,9 +73,19 @@ class Step:
         with jax.set_mesh(self.mesh):
             return bool(self._sound(self.state["params"], self._frozen, arrays))
 
+    def replace_heads(self, head: Head) -> None:
+        """From now on the algorithm's teacher has ``head``: one that follows the student. No second compilation."""
+
+        def changed(variable: Any) -> Any:
+            is_head = isinstance(variable, Frozen) and isinstance(variable.get_value(), Head)
+            return variable.replace(head) if is_head else variable
+
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        self._frozen["extra"] = jax.tree.map(changed, self._frozen["extra"], is_leaf=is_variable)
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a saved ``state``."""
-        self.state = state
+        self.state, self.number = state, int(state["step"])
         self._publish()
 
     def _publish(self) -> None:
@@ -103,13 +120,16 @@ def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
 
 
 def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, frozen: dict, batch: Batch) -> Any:
-    """The new state, the metrics of one global batch, and a verdict: 0.0, or NaN where the batch changed nothing."""
+    """The new state, the metrics of one global batch, a verdict, and what its terms say of each row, [A, N].
+
+    The verdict is 0.0, or NaN where the batch changed nothing.
+    """
     params = state["params"]
-    total, shares, grads = _differentiate(graphs, params, frozen, batch)
+    total, shares, grads, by_row = _differentiate(graphs, params, frozen, batch)
     updates, opt = optimizer.update(grads, state["opt"], params)
     new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
     metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
-    sound = _is_sound((total, shares, grads))
+    sound = _is_sound((total, shares, grads, by_row))
     if batch.teacher_hidden:
         bad = [~jnp.isfinite(rows).all(-1) & batch.mask for rows in batch.teacher_hidden]
         metrics["teacher_bad_rows"] = sum(rows.sum() for rows in bad).astype(jnp.float32)
@@ -117,43 +137,47 @@ def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, f
     # One scalar decides for every array, so this is part of the update's own pass over them.
     new = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, state)
     metrics |= {"loss_tokens": batch.mask.sum().astype(jnp.float32)}
-    return new, metrics, jnp.where(sound, 0.0, jnp.nan)
+    return new, metrics, jnp.where(sound, 0.0, jnp.nan), by_row
 
 
-def _is_sound(differentiated: tuple[jax.Array, Metrics, Any]) -> jax.Array:
-    total, _, grads = differentiated
+def _is_sound(differentiated: tuple[jax.Array, Metrics, Any, Metrics]) -> jax.Array:
+    total, _, grads, _ = differentiated
     return jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(grads))
 
 
-def _differentiate(graphs: Any, params: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, Metrics, Any]:
-    """The loss of one global batch, its parts and its gradient."""
+def _differentiate(graphs: Any, params: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, Metrics, Any, Metrics]:
+    """The loss of one global batch, its parts, its gradient, and what its terms say of each row."""
 
     def terms(params: dict, micro: Batch) -> dict[str, Term]:
         student = nnx.merge(graphs[0], params["student"], frozen["student"])
         return nnx.merge(graphs[1], params["extra"], frozen["extra"])(student, micro)
 
-    def loss(params: dict, micro: Batch, counts: dict[str, jax.Array] | None) -> tuple[jax.Array, Metrics]:
+    def loss(params: dict, micro: Batch, counts: dict[str, jax.Array] | None) -> tuple[jax.Array, tuple[Metrics, dict]]:
         out = terms(params, micro)
         counts = {name: term.count for name, term in out.items()} if counts is None else counts
         # A batch without a single position of some kind leaves that term out rather than dividing by zero.
         shares = {name: t.sum / jax.lax.stop_gradient(jnp.maximum(counts[name], 1.0)) for name, t in out.items()}
-        return sum((out[name].weight * share for name, share in shares.items()), jnp.float32(0)), shares
+        by_row = {name: term.rows for name, term in out.items() if term.rows is not None}
+        return sum((out[name].weight * share for name, share in shares.items()), jnp.float32(0)), (shares, by_row)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     if batch.tokens.shape[0] == 1:
-        (total, shares), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), None)
+        (total, (shares, by_row)), grads = gradient(params, jax.tree.map(lambda x: x[0], batch), None)
+        by_row = jax.tree.map(lambda x: x[None], by_row)
     else:
         # Counts depend on masks only, so the compiler drops everything else of this pass.
         counts = jax.lax.map(lambda micro: {name: t.count for name, t in terms(params, micro).items()}, batch)
         counts = jax.tree.map(lambda c: c.sum(0), counts)
 
-        def accumulate(sums: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, micro, counts)), None
+        def accumulate(sums: Any, micro: Batch) -> tuple[Any, dict]:
+            (total, (shares, by_row)), grads = gradient(params, micro, counts)
+            return jax.tree.map(jnp.add, sums, (total, shares, grads)), by_row
 
-        like = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), counts)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        ((total, shares), grads), _ = jax.lax.scan(accumulate, zeros, batch)
-    return total, shares, grads
+        first = jax.tree.map(lambda x: x[0], batch)
+        (total, (shares, _)), grads = jax.eval_shape(gradient, params, first, counts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, shares, grads))
+        (total, shares, grads), by_row = jax.lax.scan(accumulate, zeros, batch)
+    return total, shares, grads, by_row
 
 
 def _mesh_of(model: nnx.Module) -> Mesh:

@@ -1,0 +1,356 @@
+"""Batches of what the student itself writes: prompts of the data, the engines' responses, packed like any other batch.
+
+The stream has DataStream's manners, so a run with rollouts differs from one with data in nothing else. What was sampled
+is what is trained on: token ids come out of the engine and are never rendered or tokenized again.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.engine import Completion
+from kdjax.config import Config, RolloutConfig
+from kdjax.data import Document, Fault, HostBatch, Placed, Prompt, Prompts, Statistics, collate
+from kdjax.errors import UserError
+from kdjax.rewards import find_reward, score, with_answer
+from kdjax.training.checkpoint import identity
+from kdjax.training.rollout_log import Rollout, RolloutLog, describe, is_empty, shown
+from kdjax.training.student_engines import StudentEngines
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt's place in a step: its number in the run, and the batch rows kept for its documents.
+
+    ``sampled`` says whether the student answers it; otherwise the data's own response is trained on.
+    """
+
+    number: int
+    prompt: Prompt
+    sampled: bool
+    rows: tuple[int, ...]
+
+
+class RolloutStream(Iterator[HostBatch]):
+    """An iterator of HostBatches of responses; with ``distill.on_policy_fraction`` < 1, of the data's own among them.
+
+    A step takes prompts in order for as long as all their responses are sure to fit its rows. Which prompts, which of
+    them are sampled, and the seed of every response depend on data, configuration and seed alone. ``engines`` must be
+    set before the first batch is taken. Arguments and errors otherwise as DataStream's.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: Any, *, batch: int, accumulate: int, shards: int, vocab_size: int | None
+    ) -> None:
+        self._config, self._rollout, self._tokenizer = config, config.rollout, tokenizer
+        self._seed, self._seq_len = config.train.seed, config.data.max_len
+        self._shape = {"batch": batch, "accumulate": accumulate, "shards": shards}
+        self._prompts = Prompts(config.data, tokenizer, seed=self._seed, vocab_size=vocab_size)
+        self.rows_per_epoch = sum(self._prompts.sizes)
+        self._reward = None if config.rollout.reward is None else find_reward(config.rollout.reward)
+        self._extras = ("on_policy", "behaviour_logprobs") + (("advantage",) if self._reward else ())
+        self._log = RolloutLog(Path(config.output) / "rollouts", identity(config))
+        self._written: dict[int, tuple[list[Rollout], dict[Document, Rollout]]] = {}
+        self._next = self._number = 0
+        self._loss_sizes: set[int] = set()
+        self.statistics = Statistics()
+        self.engines: StudentEngines | None = None
+
+    def __next__(self) -> HostBatch:
+        done, number = self._number, self._number + 1
+        asked = self._ask()
+        rollouts, seconds = self._log.read(number), 0.0
+        if rollouts is None:
+            self.engines.wait_for(done - self._rollout.max_staleness)
+            start = time.perf_counter()
+            rollouts = self._draw(asked)
+            seconds = time.perf_counter() - start
+            self._log.write(number, rollouts)
+        rows = self._place(number, asked, rollouts)
+        host = collate(rows, seq_len=self._seq_len, known=self._loss_sizes, extras=self._extras, **self._shape)
+        self._loss_sizes.add(host.batch.rows.shape[-1])
+        self._number = number
+        self._count(host, rollouts)
+        return replace(
+            host,
+            state=self.state(),
+            report=describe(rollouts, done) if rollouts else {},
+            seconds={"generate": seconds},
+            notes=tuple(self._notes(number, rollouts)),
+        )
+
+    def learned(self, host: HostBatch, log_ratio: np.ndarray) -> None:
+        """Add to the step's file what the step found: log q − log p of each loss row, [A, G·N]."""
+        rollouts, of = self._written.pop(host.state["number"], ([], {}))
+        by_shard = log_ratio.reshape(*host.batch.rows.shape)
+        for placed in host.documents:
+            if (rollout := of.get(placed.document)) is not None:
+                rollout.kl = float(_rows(placed, by_shard).mean())
+        if rollouts:
+            self._log.write(host.state["number"], rollouts)
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch: plain numbers, ready for JSON."""
+        return copy.deepcopy(
+            {
+                "seed": self._seed,
+                "sizes": self._prompts.sizes,
+                "next_prompt": self._next,
+                "number": self._number,
+                "loss_sizes": sorted(self._loss_sizes),
+                "statistics": asdict(self.statistics),
+            }
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``. Raises UserError when the data or the seed are not the same."""
+        for key, mine in (("seed", self._seed), ("sizes", self._prompts.sizes)):
+            if state[key] != mine:
+                what = "seed" if key == "seed" else "number of rows in the sources"
+                raise UserError(f"data: the {what} was {state[key]} when the checkpoint was saved and is {mine} now")
+        self._next, self._number = state["next_prompt"], state["number"]
+        self._loss_sizes = set(state["loss_sizes"])
+        self.statistics = Statistics(**state["statistics"])
+
+    def estimate_batches(self, epochs: float = 1.0, sample: int = 4) -> int:
+        """How many steps ``epochs`` passes over the prompts make, judged by the first few."""
+        saved = self.state()
+        for _ in range(sample):
+            self._ask()
+        taken = self._next - saved["next_prompt"]
+        self.restore(saved)
+        return max(1, round(epochs * self.rows_per_epoch * sample / taken))
+
+    def sample(self, count: int) -> list[Document]:
+        """The first usable prompts as documents, to compare two engines on."""
+        first = (self._prompts[i] for i in range(16 * count))
+        usable = [prompt for prompt in first if isinstance(prompt, Prompt)][:count]
+        return [Document(prompt.ids, np.arange(len(prompt.ids)) > 0, prompt.source) for prompt in usable]
+
+    def close(self) -> None:
+        """Stop the engines."""
+        if self.engines is not None:
+            self.engines.close()
+
+    def _ask(self) -> list[Asked]:
+        """The next step's prompts, each with room for the longest responses there can be."""
+        room = np.full(self._shape["batch"] * self._shape["accumulate"], self._seq_len)
+        asked: list[Asked] = []
+        unusable = 0
+        while len(asked) != self._rollout.prompts:
+            prompt = self._prompts[self._next]
+            self.statistics.rows += 1
+            lengths = self._lengths(prompt)
+            if lengths:
+                rows = _reserve(room, lengths, whole=not self._config.data.packing)
+                if rows is None:
+                    self.statistics.rows -= 1  # it comes again
+                    break
+                asked.append(Asked(self._next, prompt, self._sampled(prompt), rows))
+            else:
+                unusable += 1
+                if unusable >= self.rows_per_epoch:
+                    raise UserError(self._why_nothing())
+            self._next += 1
+        wanted = self._rollout.prompts or 1
+        if len(asked) < wanted:
+            raise UserError(
+                f"{wanted} prompt(s) with {self._rollout.n_samples} response(s) of up to "
+                f"{self._rollout.max_new_tokens} tokens do not fit a step of {len(room)} rows of {self._seq_len} "
+                f"tokens: raise train.batch_size or data.max_len, or lower rollout.prompts, n_samples or max_new_tokens"
+            )
+        return asked
+
+    def _lengths(self, prompt: Prompt | Fault) -> list[int]:
+        """How long the prompt's documents may become; none for a prompt that is left out, which is counted."""
+        seen = self.statistics
+        if isinstance(prompt, Fault):
+            if self._config.data.on_bad_row == "stop":
+                raise UserError(f"{prompt.text}; mend the row, or set data.on_bad_row: skip")
+            seen.skipped += 1
+            return []
+        if not self._sampled(prompt):
+            return [len(document) for document in prompt.documents]
+        seen.longest = max(seen.longest, len(prompt))
+        length = len(prompt) + self._rollout.max_new_tokens
+        if length <= self._seq_len:
+            return [length] * self._rollout.n_samples
+        if self._rollout.on_long_prompt == "stop":
+            raise UserError(
+                f"{prompt.source}: a prompt of {len(prompt)} tokens leaves no room for "
+                f"rollout.max_new_tokens={self._rollout.max_new_tokens} in data.max_len={self._seq_len}; raise it, or "
+                f"set rollout.on_long_prompt: skip"
+            )
+        seen.dropped += 1
+        return []
+
+    def _sampled(self, prompt: Prompt) -> bool:
+        """Whether the student answers the prompt that comes next: by a coin of its own, or because nobody else did."""
+        coin = np.random.default_rng([self._seed, self._next]).random()
+        return coin < self._config.distill.on_policy_fraction or not prompt.documents
+
+    def _draw(self, asked: list[Asked]) -> list[Rollout]:
+        """Have the student answer, and judge the answers."""
+        jobs = [(a, sample) for a in asked if a.sampled for sample in range(self._rollout.n_samples)]
+        seeds = [_seed_of(self._seed, a.number, sample) for a, sample in jobs]
+        completions = self.engines.generate([a.prompt.ids for a, _ in jobs], seeds) if jobs else []
+        rollouts = []
+        for (a, sample), seed, completion in zip(jobs, seeds, completions, strict=True):
+            text = self._tokenizer.decode(completion.ids, skip_special_tokens=True)
+            rollouts.append(
+                Rollout(
+                    prompt=a.number,
+                    sample=sample,
+                    source=a.prompt.source,
+                    finish_reason=completion.finish_reason,
+                    length=len(completion.ids),
+                    text=text,
+                    version=completion.version,
+                    seed=seed,
+                    ids=completion.ids.tolist(),
+                    logprobs=shown(completion.logprobs),
+                    reward=self._judge(a.prompt, text),
+                )
+            )
+        return rollouts
+
+    def _judge(self, prompt: Prompt, response: str) -> float | None:
+        if self._reward is None:
+            return None
+        text = self._tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        return score(self._reward, text, response, with_answer(prompt.row, prompt.reference))
+
+    def _place(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> list[list[Document]]:
+        """The step's documents in the rows that were kept for them."""
+        wanted = [(a.number, i) for a in asked if a.sampled for i in range(self._rollout.n_samples)]
+        if [(r.prompt, r.sample) for r in rollouts] != wanted:
+            raise UserError(
+                f"{self._log.path(number)} answers other prompts than step {number} asks; delete it, and they are "
+                f"drawn again"
+            )
+        rows: list[list[Document]] = [[] for _ in range(self._shape["batch"] * self._shape["accumulate"])]
+        advantages = iter(advantages_of(rollouts, self._rollout))
+        answers = iter(rollouts)
+        of: dict[Document, Rollout] = {}
+        for a in asked:
+            documents: Sequence[Document | None] = a.prompt.documents
+            if a.sampled:
+                answered = [next(answers) for _ in a.rows]
+                documents = [
+                    rollout_document(a.prompt, r.completion, self._rollout, advantage)
+                    for r, advantage in zip(answered, advantages, strict=False)
+                ]
+                of |= {document: r for document, r in zip(documents, answered, strict=True) if document is not None}
+            for row, document in zip(a.rows, documents, strict=True):
+                if document is not None:
+                    rows[row].append(document)
+        self._written[number] = rollouts, of
+        return [row for row in rows if row]
+
+    def _count(self, host: HostBatch, rollouts: list[Rollout]) -> None:
+        seen = self.statistics
+        seen.batches += 1
+        seen.documents += len(host.documents)
+        seen.truncated += sum(r.finish_reason == "length" for r in rollouts)
+        seen.tokens += host.tokens
+        seen.loss_tokens += host.loss_tokens
+        seen.positions += host.tokens + host.padding
+
+    def _notes(self, number: int, rollouts: list[Rollout]) -> Iterator[str]:
+        if self.engines is not None:
+            while self.engines.notes:
+                yield self.engines.notes.pop(0)
+        where = f"step {number}: all {len(rollouts)} responses"
+        if rollouts and all(r.finish_reason == "length" for r in rollouts):
+            yield (
+                f"warning: {where} were cut at rollout.max_new_tokens={self._rollout.max_new_tokens}, none ended by "
+                f"itself. The student may not know yet how to end, or its end-of-turn token is not among the ids that "
+                f"stop its engine: compare the chat template with rollout.stop_ids"
+            )
+        elif rollouts and all(is_empty(r) for r in rollouts):
+            yield (
+                f"warning: {where} are empty: the end came at once. The prompt may end with an end-of-sequence token, "
+                f"or the chat template may add no header for the assistant's turn"
+            )
+        if rollouts and self._rollout.show_every and number % self._rollout.show_every == 0:
+            first = rollouts[0]
+            yield f"step {number}, a response to {first.source} ({first.length} tokens, {first.finish_reason}):"
+            yield first.text
+
+    def _why_nothing(self) -> str:
+        seen = self.statistics
+        return (
+            f"data: none of the {seen.rows} rows is a prompt to train on: {seen.skipped} malformed, {seen.dropped} too "
+            f"long for data.max_len={self._seq_len} less rollout.max_new_tokens={self._rollout.max_new_tokens} (the "
+            f"longest prompt has {seen.longest} tokens)"
+        )
+
+
+def rollout_document(
+    prompt: Prompt, completion: Completion, rollout: RolloutConfig, advantage: float = 0.0
+) -> Document | None:
+    """Prompt and response as a document whose response carries loss, its end token included.
+
+    None when nothing of a truncated response is to be trained on.
+    """
+    keep = len(completion.ids)
+    if completion.finish_reason == "length" and rollout.truncated != "keep":
+        keep = 0 if rollout.truncated == "drop" else keep - rollout.tail
+    if keep <= 0:
+        return None
+    ones = np.ones(keep, np.float32)
+    extras = {"on_policy": ones, "behaviour_logprobs": completion.logprobs[:keep], "advantage": ones * advantage}
+    seen = [_answered(ids, completion, keep) for ids in (prompt.ids, prompt.teacher_ids) if ids is not None]
+    ids, loss, *teacher = (array for pair in seen for array in pair)
+    return Document(ids, loss, prompt.source, *(teacher or (None, None)), extras)
+
+
+def advantages_of(rollouts: list[Rollout], config: RolloutConfig) -> list[float]:
+    """Each response's weighted reward, less the mean reward of the others that ``baseline`` compares it with.
+
+    Leaving its own out keeps the estimate of the gradient free of bias (RLOO, 2402.14740).
+    """
+    rewards = np.array([r.reward or 0.0 for r in rollouts])
+    groups = np.array([r.prompt if config.baseline == "group" else 0 for r in rollouts])
+    advantages = rewards.copy()
+    for group in set(groups.tolist()) if config.baseline != "none" else ():
+        here = groups == group
+        others = here.sum() - 1
+        if others:
+            advantages[here] -= (rewards[here].sum() - rewards[here]) / others
+    return (config.reward_weight * advantages).tolist()
+
+
+def _answered(prompt: np.ndarray, completion: Completion, keep: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.concatenate([prompt, completion.ids])
+    place = np.arange(len(ids))
+    return ids, (place >= len(prompt)) & (place < len(prompt) + keep)
+
+
+def _reserve(room: np.ndarray, lengths: list[int], whole: bool) -> tuple[int, ...] | None:
+    """Rows with room for these lengths, taken out of ``room``; None, and nothing taken, where there is not enough."""
+    left, rows = room.copy(), []
+    for length in lengths:
+        fitting = np.flatnonzero(left >= length)
+        if not fitting.size:
+            return None
+        rows.append(int(fitting[0]))
+        left[fitting[0]] = 0 if whole else left[fitting[0]] - length
+    room[:] = left
+    return tuple(rows)
+
+
+def _seed_of(seed: int, prompt: int, sample: int) -> int:
+    return int(np.random.SeedSequence([seed, prompt, sample]).generate_state(1, np.uint32)[0])
+
+
+def _rows(placed: Placed, by_shard: np.ndarray) -> np.ndarray:
+    count = len(placed.document.labels)
+    return by_shard[placed.micro, placed.shard, placed.offset : placed.offset + count]

@@ -1,0 +1,111 @@
+"""A teacher that is an earlier self of the student, or an average of its earlier selves."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bridge.client import RemoteEngine
+from bridge.errors import EngineError
+from kdjax.losses import Head
+from kdjax.training.step import Step
+from kdjax.training.student_engines import student_label
+from kdjax.training.turns import Turns
+from kdjax.training.weight_sync import HostTensors
+
+
+class SelfTeacher:
+    """Every ``every`` steps the teacher becomes ``decay`` · teacher + (1 − ``decay``) · student.
+
+    Decay 0 is a copy of the student; above it an exponential moving average (Mean Teacher, 1703.01780). ``params`` are
+    the very weights that the teacher's engine runs, laid out like the student's; they are saved with the run.
+    ``version`` is the step that made them.
+
+    Args:
+        step: what trains the student.
+        engine: runs the teacher; it started with the weights that the student starts with.
+        head: the teacher's, as the engine starts; later ones replace its weight.
+        shared: the engine also runs the student, so it takes the teacher's weights only when the teacher is asked.
+    """
+
+    def __init__(
+        self, step: Step, engine: RemoteEngine, head: Head, *, every: int, decay: float, shared: bool = False
+    ) -> None:
+        self._step, self._engine, self._head, self._shared = step, engine, head, shared
+        self._every, self._decay = every, decay
+        graph, params, rest = nnx.split(step.model, nnx.Param, ...)
+        where = jax.tree.map(lambda x: x.sharding, params)
+        copy = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree), out_shardings=where)
+        self.model = nnx.merge(graph, copy(params), rest)
+        self._average = jax.jit(
+            lambda mine, new: jax.tree.map(lambda a, b: (decay * a + (1 - decay) * b).astype(a.dtype), mine, new),
+            out_shardings=where,
+        )
+        self.version = self._ready = 0
+        self.turns = Turns()
+        self._changed, self._closed = threading.Condition(), False
+
+    @property
+    def params(self) -> Any:
+        """The teacher's weights, a tree like ``step.state["params"]["student"]``."""
+        return nnx.state(self.model, nnx.Param)
+
+    def restore(self, params: Any) -> None:
+        """Go on with saved weights; they are sent before the next batch."""
+        nnx.update(self.model, params)
+        self.version, self._ready = self._due(self._step.number), -1
+
+    def follow(self) -> None:
+        """Learn from the student if it is time, and bring the step's head and the engine up to date."""
+        due = self._due(self._step.number)
+        if due > self.version:
+            nnx.update(self.model, self._average(self.params, self._step.state["params"]["student"]))
+            self.version = due
+        if self._ready == self.version:
+            return
+        weight = self.model.head().weight.astype(self._head.weight.dtype)
+        self._step.replace_heads(replace(self._head, weight=weight))
+        if not self._shared:
+            self.send()
+        with self._changed:
+            self._ready = self.version
+            self._changed.notify_all()
+
+    def send(self) -> None:
+        """Give the engine these weights, unless it has them. Raises EngineError that names where it broke off."""
+        engine = self._engine
+        label = student_label(self.version) if self._decay == 0 else ("teacher", self.version)
+        if engine.holds == label or (engine.holds is None and self.version == 0):
+            return
+        self.turns.enter("renew")
+        tensors = HostTensors(self.model, engine.spec.dtype)
+        try:
+            engine.update_weights(tensors, version=self.version, label=label)
+        except EngineError as error:
+            raise EngineError(
+                f"the teacher's weights of step {self.version} did not reach its engine, it broke off at "
+                f"{tensors.last}: {error}"
+            ) from None
+
+    def wait_for(self, number: int) -> None:
+        """Until the teacher of step ``number`` is there; returns when its engine runs it.
+
+        Raises EngineError once this is closed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._ready >= self._due(number - 1))
+        if self._closed:
+            raise EngineError("the teacher is closed")
+        self.send()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _due(self, done: int) -> int:
+        return done // self._every * self._every

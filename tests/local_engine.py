@@ -1,0 +1,62 @@
+"""The transformers engine inside the test's own process: what a run does with engines, without waiting for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bridge.client import RemoteEngine, read_facts
+from bridge.engine import EngineSpec
+from bridge.errors import EngineError
+
+
+class LocalEngine(RemoteEngine):
+    """A RemoteEngine whose other side is an object. ``calls`` are its calls' names in order.
+
+    ``deaths`` names calls that kill it: each is struck off when it has happened.
+    """
+
+    def __init__(self, model, *, kind, log, pool=None, dtype=None, banned_ids=(), options=None, **_):
+        spec = EngineSpec(
+            kind="transformers",
+            model=str(model),
+            dtype=dtype or (read_facts(Path(model)).dtype if pool is None else pool.spec.dtype),
+            device="cpu",
+            pool=None if pool is None else pool.spec,
+            banned_ids=tuple(banned_ids),
+            options=dict(options or {}),
+        )
+        self.calls, self.deaths, self.starts = [], [], 0
+        super().__init__(spec, pool, Path(log), 60.0, 60.0)
+
+    @property
+    def pid(self):
+        return None if self._server is None else 1
+
+    def wait_ready(self):
+        pass
+
+    def close(self, timeout=0.0):
+        self._server = None
+
+    def kill(self):
+        self._server = None
+
+    def _launch(self):
+        from bridge.host import Host
+        from bridge.sglang_platform import mend_torchvision
+
+        mend_torchvision()
+        self.holds, self._server, self.starts = None, Host(self.spec), self.starts + 1
+
+    def _stop(self):
+        self._server = None
+
+    def _call(self, method, args, timeout):
+        with self._turn:
+            self.calls.append(method)
+            if method in self.deaths:
+                self.deaths.remove(method)
+                self._server = None
+            if self._server is None:
+                raise EngineError(f"engine {Path(self.spec.model).name} died (signal SIGKILL) during {method}")
+            return self._server.call(method, args)

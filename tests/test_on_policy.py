@@ -1,0 +1,200 @@
+"""Runs that learn from what the student writes: to the bit, resumed, mixed, stale, and with engines that die."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from bridge.errors import EngineError
+from kdjax.config import from_dict
+from kdjax.errors import UserError
+from kdjax.models import load_model
+from kdjax.training.loop import train
+from kdjax.training.progress import Display
+from kdjax.training.student_engines import StudentEngines
+
+pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")
+
+
+class Lines(Display):
+    """Keeps what a person would see."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def line(self, text):
+        self.lines.append(text)
+
+
+def go(values, display=None, **changes):
+    return train(from_dict({**values, **changes}), display or Display(quiet=True))
+
+
+def metrics(folder, key="loss"):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+def rollouts(folder, number):
+    lines = (folder / "rollouts" / f"step_{number:06d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_the_student_learns_from_its_own_words(on_policy_values, tmp_path):
+    on_policy_values["train"]["steps"] = 12
+    go(on_policy_values)
+    run = tmp_path / "run"
+    assert len(metrics(run)) == 12 and np.mean(metrics(run, "kd")[-3:]) < np.mean(metrics(run, "kd")[:3])
+    assert max(metrics(run, "rollout/k3")) < 1e-6  # float32 on both sides
+    assert metrics(run, "rollout/staleness") == [0.0] * 12
+    for number, kl in zip(range(1, 13), metrics(run, "rollout/kl"), strict=True):
+        written = rollouts(run, number)
+        assert {r["version"] for r in written} == {number - 1}
+        tokens = [r["length"] for r in written]
+        assert np.average([r["kl"] for r in written], weights=tokens) == pytest.approx(kl, rel=1e-4)
+    prompts = [r["prompt"] for number in range(1, 13) for r in rollouts(run, number)]
+    assert prompts == sorted(set(prompts))
+
+
+def test_interrupted_equals_uninterrupted_to_the_bit(on_policy_values, tmp_path, local_engines):
+    on_policy_values["checkpoint"] |= {"save_every": 2, "keep": 5}
+    whole = go(on_policy_values, output=str(tmp_path / "whole"))
+    go(on_policy_values, output=str(tmp_path / "cut"))
+    cut = tmp_path / "cut"
+    first = [rollouts(cut, number) for number in range(1, 7)]
+    shutil.rmtree(cut / "checkpoints" / "6")  # as if killed while step 6 was drawn: step 5's responses are there
+    shutil.rmtree(cut / "export")
+    (cut / "rollouts" / "step_000006.jsonl").unlink()
+    local_engines.clear()
+    resumed = go(on_policy_values, output=str(cut))
+    assert metrics(tmp_path / "whole") == metrics(cut)
+    assert [rollouts(cut, number) for number in range(1, 7)] == first
+    assert local_engines[1].calls.count("generate") == 1
+    for x, y in zip(*(jax.tree.leaves(load_model(r.export)) for r in (whole, resumed)), strict=True):
+        assert np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_an_engine_that_keeps_old_weights_stops_the_run(on_policy_values, monkeypatch):
+    send = StudentEngines._send
+    sent = []
+
+    def once(self, engine):
+        sent.append(engine)
+        return send(self, engine) if len(sent) == 1 else self._step.number
+
+    monkeypatch.setattr(StudentEngines, "_send", once)
+    on_policy_values["train"] |= {"learning_rate": 3e-2, "steps": 12}
+    with pytest.raises(UserError, match=r"step \d+: trainer and rollout engine disagree .* not the student's"):
+        go(on_policy_values)
+
+
+@pytest.mark.parametrize("call", ["generate", "weights_bucket"])
+def test_an_engine_that_dies_changes_nothing(on_policy_values, tmp_path, local_engines, monkeypatch, call):
+    go(on_policy_values, output=str(tmp_path / "whole"))
+    local_engines.clear()
+    shown = Lines()
+    draw = StudentEngines.generate
+
+    def sometimes(self, prompts, seeds):
+        if self.version == 3:
+            self.engines[0].deaths.append(call)
+        return draw(self, prompts, seeds)
+
+    monkeypatch.setattr(StudentEngines, "generate", sometimes)
+    go(on_policy_values, shown)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert local_engines[1].starts == 2
+    assert [line for line in shown.lines if "the student's engine is started again" in line and call in line]
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_run_with_the_tensor(on_policy_values, monkeypatch):
+    draw = StudentEngines.generate
+
+    def always(self, prompts, seeds):
+        self.engines[0].deaths += ["generate"] + 3 * ["weights_bucket"]
+        return draw(self, prompts, seeds)
+
+    monkeypatch.setattr(StudentEngines, "generate", always)
+    with pytest.raises(EngineError, match=r"of step 0 did not reach the student's engine, it broke off at \w+\."):
+        go(on_policy_values)
+
+
+def test_two_engines_and_turns_give_the_same_run(on_policy_values, tmp_path, local_engines):
+    go(on_policy_values, output=str(tmp_path / "one"))
+    on_policy_values["rollout"]["engines"] = 2
+    go(on_policy_values, output=str(tmp_path / "two"))
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+    local_engines.clear()
+    on_policy_values["rollout"]["engines"] = 1
+    go(on_policy_values, output=str(tmp_path / "turns"), colocate=True)
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "turns")
+    calls = local_engines[1].calls
+    second = calls.index("generate", calls.index("generate") + 1)
+    turn = [name for name in calls[calls.index("generate") : second] if not name.startswith("weights_")]
+    assert turn == ["generate", "sleep", "wake", "wake"]  # all sleeps; weights for the sync; the cache to write
+
+
+def test_rows_of_the_data_are_mixed_in(on_policy_values, tmp_path):
+    on_policy_values["distill"] |= {"on_policy_fraction": 0.5, "kd_ratio": 0.7}
+    on_policy_values["data"]["max_len"] = 400
+    go(on_policy_values)
+    assert max(metrics(tmp_path / "run", "ce")) > 1
+    assert max(metrics(tmp_path / "run", "rollout/k3")) < 1e-6
+
+
+def test_stale_responses_overlap_with_training_and_are_weighed(on_policy_values, tmp_path):
+    on_policy_values["rollout"] |= {"max_staleness": 1, "importance_clip": 2.0, "max_k3": 1.0}
+    go(on_policy_values)
+    ages = metrics(tmp_path / "run", "rollout/staleness")
+    assert set(ages) <= {0.0, 1.0} and sum(ages) >= 3
+    weights = metrics(tmp_path / "run", "rollout/weight")
+    assert all(0.3 < w <= 2.0 for w in weights) and weights[-1] != 1.0
+
+
+def test_policy_gradient_with_a_reward(on_policy_values, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def digits(prompt, response, row):\n    return sum(c.isdigit() for c in response) / 8\n")
+    on_policy_values["distill"] |= {"algorithm": "policy_gradient"}
+    on_policy_values["rollout"] |= {"reward": f"{reward}:digits", "n_samples": 2}
+    go(on_policy_values)
+    run = tmp_path / "run"
+    found = [r["reward"] for number in range(1, 7) for r in rollouts(run, number)]
+    assert all(r is not None for r in found) and metrics(run, "rollout/reward")[0] >= 0
+    assert np.isfinite(metrics(run)).all() and max(metrics(run, "rollout/k3")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("distill", "rollout", "message"),
+    [
+        ({"algorithm_args": {"signal": "k1"}}, {}, "expected gradient of zero"),
+        ({"algorithm_args": {"signal": "k9"}}, {}, "knows advantage, k2, k3"),
+        ({}, {"top_p": 0.9}, "cut-off distribution"),
+        ({}, {"top_k": 5}, "cut-off distribution"),
+        ({"temperature": 2.0}, {}, "compares at the sampling temperature"),
+        ({"on_policy_fraction": 0.0}, {}, "needs rollouts"),
+    ],
+)
+def test_policy_gradient_refuses_what_would_be_wrong(on_policy_values, distill, rollout, message):
+    on_policy_values["distill"] |= {"algorithm": "policy_gradient"} | distill
+    on_policy_values["rollout"] |= rollout
+    with pytest.raises(UserError, match=message):
+        go(on_policy_values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"sync_every": 3}}, "rollout.sync_every=3 makes weights up to 2 steps old"),
+        ({"distill": {"on_policy_fraction": 1.0, "kd_ratio": 0.0}}, "cross-entropy on what the student itself wrote"),
+        ({"rollout": {"max_new_tokens": 300}}, "leaves no room for a prompt"),
+        ({"teacher": {}}, "judged by a teacher"),
+        ({"rollout": {"reward": "gsm8k"}}, "compares responses to one prompt"),
+        ({"colocate": True, "rollout": {"max_staleness": 2, "max_new_tokens": 8}}, "colocate takes turns"),
+    ],
+)
+def test_configurations_that_make_no_sense(on_policy_values, changes, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(on_policy_values | changes)

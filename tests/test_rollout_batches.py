@@ -1,0 +1,287 @@
+"""Rollouts as batches: which token carries loss, what is known of it, whose turn a prompt is."""
+
+import json
+
+import numpy as np
+import pytest
+from data_tools import config as data_config, plain, write_pairs
+
+from bridge.engine import Completion
+from kdjax.config import SourceConfig, from_dict
+from kdjax.data import Fault, Prompt, Prompts, collate
+from kdjax.errors import UserError
+from kdjax.training.rollout import RolloutStream, advantages_of, rollout_document
+from kdjax.training.rollout_log import Rollout, describe, distinct
+
+END = 2
+
+
+def prompt(ids, teacher_ids=None):
+    teacher_ids = None if teacher_ids is None else np.array(teacher_ids, np.int32)
+    return Prompt(np.array(ids, np.int32), teacher_ids, (), None, {}, "made:1")
+
+
+def completion(ids, reason="stop"):
+    logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)
+    return Completion(np.array(ids, np.int32), logprobs, reason, 3)
+
+
+def settings(**rollout):
+    return from_dict(
+        {
+            "student": {"path": "s"},
+            "teacher": {"path": "t"},
+            "data": {"train": [{"path": "x"}], "max_len": 64},
+            "rollout": {"max_new_tokens": 16} | rollout,
+        }
+    ).rollout
+
+
+def test_the_first_response_token_counts_and_what_follows_the_end_does_not():
+    """Prompt a b, response c d END: the rows of b, c and d carry loss, with labels c, d and END."""
+    document = rollout_document(prompt([10, 11]), completion([12, 13, END]), settings())
+    batch = collate([[document]], batch=1, seq_len=8, extras=("on_policy", "behaviour_logprobs")).batch
+    assert document.ids.tolist() == [10, 11, 12, 13, END]
+    assert batch.rows[0, 0][batch.mask[0]].tolist() == [1, 2, 3]
+    assert batch.labels[0][batch.mask[0]].tolist() == [12, 13, END]
+    assert batch.extras["behaviour_logprobs"][0][batch.mask[0]].tolist() == [-1, -2, -3]
+    assert batch.extras["on_policy"][0].tolist() == batch.mask[0].astype(float).tolist()
+
+
+def test_a_teacher_with_another_prompt_reads_the_same_response():
+    document = rollout_document(prompt([10, 11], [20, 21, 22, 23]), completion([12, END]), settings())
+    ids, spans = document.teacher_request
+    assert ids.tolist() == [20, 21, 22, 23, 12, END] and spans == ((3, 5),)
+    assert document.teacher_labels.tolist() == document.labels.tolist() == [12, END]
+
+
+@pytest.mark.parametrize(
+    ("truncated", "tail", "carries"),
+    [("keep", 1, [12, 13, 14]), ("mask_tail", 2, [12]), ("mask_tail", 3, None), ("drop", 1, None)],
+)
+def test_a_truncated_response(truncated, tail, carries):
+    rollout = settings(truncated=truncated, tail=tail)
+    cut = rollout_document(prompt([10, 11]), completion([12, 13, 14], "length"), rollout)
+    assert (None if cut is None else cut.labels.tolist()) == carries
+    if cut is not None:
+        assert cut.ids.tolist() == [10, 11, 12, 13, 14]  # what carries no loss is still read
+    whole = rollout_document(prompt([10, 11]), completion([12, 13, END]), rollout)
+    assert whole.labels.tolist() == [12, 13, END]
+
+
+def test_rows_of_the_data_have_no_number_of_a_rollout():
+    document = rollout_document(prompt([10]), completion([11, END]), settings())
+    other = document.__class__(document.ids, document.loss, "data:1")
+    batch = collate([[other], [document]], batch=2, seq_len=4, extras=("on_policy",)).batch
+    assert sorted(batch.extras["on_policy"][0][batch.mask[0]]) == [0, 0, 1, 1]
+
+
+def rollout(number, sample, reward, ids=(5, END), reason="stop"):
+    return Rollout(number, sample, "made:1", reason, len(ids), "", 0, 0, list(ids), [0.0] * len(ids), reward)
+
+
+def test_advantages_leave_their_own_reward_out():
+    rollouts = [rollout(0, 0, 1.0), rollout(0, 1, 0.0), rollout(0, 2, 0.0), rollout(1, 0, 1.0), rollout(1, 1, 1.0)]
+    reward = {"reward": "gsm8k", "n_samples": 3}
+    assert advantages_of(rollouts, settings(**reward)) == [1.0, -0.5, -0.5, 0.0, 0.0]
+    assert advantages_of(rollouts, settings(**reward, baseline="none", reward_weight=2)) == [2, 0, 0, 2, 2]
+    assert advantages_of(rollouts, settings(**reward, baseline="batch")) == pytest.approx([0.5, -0.75, -0.75, 0.5, 0.5])
+
+
+def test_what_is_said_about_a_step():
+    rollouts = [rollout(0, 0, 1.0, (5, 6, 5, 6), "length"), rollout(0, 1, 0.0, (END,)), rollout(1, 0, 0.5, (7, END))]
+    said = describe(rollouts, done=2)
+    assert said["rollout/length"] == pytest.approx(7 / 3) and said["rollout/staleness"] == 2
+    assert (said["rollout/eos_rate"], said["rollout/truncated"], said["rollout/empty"]) == pytest.approx(
+        (2 / 3, 1 / 3, 1 / 3)
+    )
+    assert said["rollout/reward"] == 0.5 and said["rollout/distinct_1"] == 4 / 7
+    assert distinct([[1, 2, 1, 2]], 2) == 2 / 3 and distinct([[1]], 2) == 1.0
+
+
+def test_a_prompt_is_the_conversation_up_to_the_answer(tmp_path):
+    path = write_pairs(tmp_path / "rows.jsonl", 6)
+    prompts = Prompts(data_config(path, shuffle=False), plain(), seed=0)
+    for index in (0, 5, 6):  # the data come again and again
+        found = prompts[index]
+        (document,) = found.documents
+        assert document.ids[: len(found.ids)].tolist() == found.ids.tolist()
+        assert np.flatnonzero(document.loss)[0] == len(found.ids)
+        assert found.source == f"{path}:{index % 6 + 1}"
+        assert plain().decode(found.ids).endswith("<|im_start|>assistant\n")
+        assert found.reference.startswith(f"{index % 6} so")
+
+
+def test_prompts_alone_and_a_teachers_own_prompt(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "say 1", "hint": "it is {one}"}))
+    source = SourceConfig(path=str(path), teacher_prompt="{prompt}\n{hint}")
+    found = Prompts(data_config(source), plain(), seed=0)[0]
+    assert found.documents == () and found.reference is None
+    assert "say 1\nit is {one}" in plain().decode(found.teacher_ids)
+    assert "it is" not in plain().decode(found.ids)
+    wrong = Prompts(data_config(SourceConfig(path=str(path), teacher_prompt="{answer}")), plain(), seed=0)[0]
+    assert isinstance(wrong, Fault) and "names the column 'answer'; the columns are prompt, hint" in wrong.text
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"messages": [{"role": "assistant", "content": "hello"}]}, "no message comes before the assistant's"),
+        ({"text": "once upon a time"}, "plain text has no prompt"),
+        ({"prompt": 3}, "holds a number"),
+    ],
+)
+def test_what_is_no_prompt(tmp_path, row, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    found = Prompts(data_config(path), plain(), seed=0)[0]
+    assert isinstance(found, Fault) and found.text.startswith(f"{path}:1: ") and reason in found.text
+
+
+class Parrot:
+    """Engines that answer with the seed's digits; what they were asked is remembered."""
+
+    def __init__(self):
+        self.asked, self.notes, self.version = [], [], 0
+
+    def wait_for(self, version):
+        assert version <= self.version
+
+    def generate(self, prompts, seeds):
+        self.asked += [(ids.tolist(), seed) for ids, seed in zip(prompts, seeds, strict=True)]
+        return [completion([*(10 + int(digit) for digit in str(seed)[-4:]), END]) for seed in seeds]
+
+    def close(self):
+        pass
+
+
+def source(tmp_path, rows=12, batch=2, **groups):
+    path = tmp_path / "rows.jsonl"
+    tmp_path.mkdir(exist_ok=True)
+    if not path.exists():
+        write_pairs(path, rows)
+    values = {"output": str(tmp_path / "run"), "student": {"path": "s"}, "teacher": {"path": "t"}}
+    values["data"] = {"train": [{"path": str(path)}], "max_len": 64, "on_bad_row": "skip"}
+    values["distill"] = {"on_policy_fraction": 1.0, "kd_ratio": 1.0}
+    values["rollout"] = {"max_new_tokens": 16, "max_staleness": 99}
+    for name, entries in groups.items():
+        values[name] = values.get(name, {}) | entries
+    made = RolloutStream(from_dict(values), plain(), batch=batch, accumulate=1, shards=1, vocab_size=4096)
+    made.engines = Parrot()
+    return made
+
+
+def responses(host):
+    return {(p.document.source, tuple(p.document.labels.tolist())) for p in host.documents}
+
+
+def test_resuming_within_an_epoch_asks_the_same_prompts_with_the_same_seeds(tmp_path):
+    whole = source(tmp_path / "a", rows=12)
+    hosts = [next(whole) for _ in range(6)]
+    assert len({name for host in hosts[:3] for name, _ in responses(host)}) == sum(len(h.documents) for h in hosts[:3])
+    first = source(tmp_path / "b", rows=12)
+    state = [next(first).state for _ in range(2)][-1]
+    second = source(tmp_path / "b")
+    second.restore(json.loads(json.dumps(state)))
+    for expected in hosts[2:]:
+        found = next(second)
+        assert [p.document.ids.tolist() for p in found.documents] == [
+            p.document.ids.tolist() for p in expected.documents
+        ]
+        assert found.state["next_prompt"] == expected.state["next_prompt"]
+    assert first.engines.asked + second.engines.asked == whole.engines.asked
+
+
+def test_every_prompt_comes_once_an_epoch(tmp_path):
+    made = source(tmp_path, rows=12)
+    seen = []
+    while len(seen) < 12:
+        seen += [name for name, _ in responses(next(made))]
+    assert len(set(seen[:12])) == 12
+
+
+def test_rollouts_finished_before_a_kill_are_read_back(tmp_path):
+    first = source(tmp_path)
+    hosts = [next(first) for _ in range(3)]
+    second = source(tmp_path)  # killed before it saved anything
+    for expected in hosts:
+        found = next(second)
+        assert responses(found) == responses(expected)
+        for name in expected.batch.extras:
+            assert np.array_equal(found.batch.extras[name], expected.batch.extras[name])
+    assert second.engines.asked == []
+    next(second)
+    assert second.engines.asked
+    other = source(tmp_path, train={"seed": 7})  # another run's are not
+    next(other)
+    assert other.engines.asked
+
+
+def test_a_file_that_is_damaged_or_of_other_prompts_is_named(tmp_path):
+    next(source(tmp_path))
+    file = tmp_path / "run" / "rollouts" / "step_000001.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="step_000001.jsonl answers other prompts .* delete it"):
+        next(source(tmp_path))
+    file.write_text("\n".join(lines)[:-20])
+    with pytest.raises(UserError, match="step_000001.jsonl: not a file of rollouts"):
+        next(source(tmp_path))
+
+
+def test_the_mixture_keeps_its_share_and_its_kinds(tmp_path):
+    made = source(tmp_path, rows=200, distill={"on_policy_fraction": 0.3, "kd_ratio": 0.5})
+    hosts = [next(made) for _ in range(40)]
+    documents = [p.document for host in hosts for p in host.documents]
+    sampled = [bool(d.extras) for d in documents]
+    assert 0.2 < np.mean(sampled) < 0.4
+    for host in hosts:
+        on = host.batch.extras["on_policy"]
+        for p in host.documents:
+            rows = on[p.micro, p.offset : p.offset + len(p.document.labels)]
+            assert (rows == bool(p.document.extras)).all()
+
+
+def test_long_prompts_are_skipped_and_counted_or_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "say " * count}) for count in (60, 2, 70, 3)))
+    made = source(tmp_path, data={"shuffle": False, "max_len": 40}, rollout={"max_new_tokens": 16})
+    assert {name.rpartition(":")[2] for name, _ in responses(next(made))} <= {"2", "4"}
+    assert made.statistics.dropped >= 1
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a prompt of \d+ tokens leaves no room"):
+        next(source(tmp_path, data={"shuffle": False, "max_len": 40}, rollout={"on_long_prompt": "stop"}))
+    with pytest.raises(UserError, match="none of the 4 rows is a prompt to train on: .* 4 too long"):
+        next(source(tmp_path, data={"max_len": 20}))
+
+
+def test_what_does_not_fit_a_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"8 prompt\(s\) with 1 response.* do not fit a step of 2 rows of 64 tokens"):
+        next(source(tmp_path, rollout={"prompts": 8, "max_new_tokens": 40}))
+    assert len(next(source(tmp_path, rollout={"prompts": 2, "n_samples": 2, "max_new_tokens": 8})).documents) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [((completion([10, 11], "length")), "were cut at rollout.max_new_tokens"), (completion([END]), "are empty")],
+)
+def test_a_step_of_nothing_but_cut_or_empty_responses_is_warned_about(tmp_path, answer, message):
+    made = source(tmp_path)
+    made.engines.generate = lambda prompts, seeds: [answer for _ in prompts]
+    (note,) = next(made).notes
+    assert note.startswith("warning: step 1: all ") and message in note
+
+
+def test_the_log_gets_what_the_step_found(tmp_path):
+    made = source(tmp_path)
+    host = next(made)
+    made.learned(host, np.where(host.batch.mask, host.batch.labels, 0).astype(np.float32))
+    head, *lines = [
+        json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    ]
+    assert head["step"] == 1 and len(lines) == len(host.documents)
+    for line in lines:
+        assert line["kl"] == pytest.approx(np.mean(line["ids"]))
+        assert line["length"] == len(line["ids"]) == len(line["logprobs"])
+        assert plain().decode(line["ids"], skip_special_tokens=True) == line["text"]
