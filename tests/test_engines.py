@@ -42,7 +42,7 @@ def second(folders) -> Reference:
     return Reference(folders[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def started(folders, tmp_path_factory):
     """both engines, starting side by side"""
     engines = {
