@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.record import machine, record
+from benchmarks.record import machine, record, write_between
 from kdjax.config import load_config
 from kdjax.tasks import evaluate_task
 from kdjax.training.progress import Display
@@ -128,13 +128,6 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def write_table(result: dict[str, Any]) -> None:
-    """Replace what stands between the two marks in docs/generation.md."""
-    before, _, rest = PAGE.read_text().partition(MARK)
-    _, _, after = rest.partition(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{table(result)}\n\n{MARK}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -148,13 +141,13 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.only_table:
-        write_table(json.loads(RESULT.read_text()))
+        write_between(PAGE, MARK, table(json.loads(RESULT.read_text())))
         return
     found = measure(given.seeds, given.warm_steps, given.steps, given.rates, given.methods)
     if given.trial:
         print(table({"machine": machine(), **found}))
     else:
-        write_table(record(RESULT, found))
+        write_between(PAGE, MARK, table(record(RESULT, found)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.record import record
+from benchmarks.record import record, write_between
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -118,13 +118,6 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def write_table(result: dict[str, Any]) -> None:
-    """Replace what stands between the two marks in the README."""
-    before, _, rest = README.read_text().partition(MARK)
-    _, _, after = rest.partition(MARK)
-    README.write_text(f"{before}{MARK}\n\n{table(result)}\n\n{MARK}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -132,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.only_table:
         record(RESULT, measure(arguments.seeds))
-    write_table(json.loads(RESULT.read_text()))
+    write_between(README, MARK, table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

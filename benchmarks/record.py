@@ -36,6 +36,13 @@ def spread(seconds: list[float]) -> dict[str, Any]:
     return {"seconds": middle, "repetitions": seconds, "spread": (max(seconds) - min(seconds)) / middle}
 
 
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Replace what stands in ``page`` between its two lines ``mark``."""
+    before, _, rest = page.read_text().partition(mark)
+    _, _, after = rest.partition(mark)
+    page.write_text(f"{before}{mark}\n\n{text}\n\n{mark}{after}")
+
+
 def machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

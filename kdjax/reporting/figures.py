@@ -90,15 +90,24 @@ def _training_loss(run: RunRecord, axes: Axes) -> bool:
     return found
 
 
-def _held_out_loss(run: RunRecord, axes: Axes) -> bool:
-    axes.set_title("Held-out cross-entropy")
+def _beside_teacher(run: RunRecord, axes: Axes, title: str, name: str) -> bool:
+    """The student's held-out ``name``, and the teacher's as a level line where there is one."""
+    axes.set_title(title)
     axes.set_ylabel("nats a token")
-    found = _lines(run, axes, {"eval/ce": "student"})
-    _, teacher = run.series("eval/teacher_ce")
+    found = _lines(run, axes, {f"eval/{name}": "student"})
+    _, teacher = run.series(f"eval/teacher_{name}")
     if teacher:
         axes.axhline(teacher[-1], color=GREY, linestyle=(0, (4, 3)), label="teacher")
     _legend(axes)
     return found
+
+
+def _held_out_loss(run: RunRecord, axes: Axes) -> bool:
+    return _beside_teacher(run, axes, "Held-out cross-entropy", "ce")
+
+
+def _entropy(run: RunRecord, axes: Axes) -> bool:
+    return _beside_teacher(run, axes, "Held-out entropy", "entropy")
 
 
 def _held_out_divergence(run: RunRecord, axes: Axes) -> bool:
@@ -115,17 +124,6 @@ def _agreement(run: RunRecord, axes: Axes) -> bool:
     names = {"eval/agreement": "same choice as the teacher", "eval/accuracy": "choice is the label"}
     found = _lines(run, axes, names)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    _legend(axes)
-    return found
-
-
-def _entropy(run: RunRecord, axes: Axes) -> bool:
-    axes.set_title("Held-out entropy")
-    axes.set_ylabel("nats a token")
-    found = _lines(run, axes, {"eval/entropy": "student"})
-    _, teacher = run.series("eval/teacher_entropy")
-    if teacher:
-        axes.axhline(teacher[-1], color=GREY, linestyle=(0, (4, 3)), label="teacher")
     _legend(axes)
     return found
 
