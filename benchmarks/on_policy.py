@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 from benchmarks.record import machine, record, write_between
 from kdjax.config import load_config
-from kdjax.tasks import evaluate_task
+from kdjax.generation.tasks import evaluate_task
 from kdjax.training.progress import Display
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@ a Flax student learns from them. These names are what a researcher needs; ``pyth
 from kdjax.algorithms import Frozen, Teacher, Term, make_algorithm, register_algorithm
 from kdjax.config import Config, load_config
 from kdjax.errors import UserError
+from kdjax.generation.rewards import find_reward, register_reward
 from kdjax.losses import (
     Head,
     divergence,
@@ -16,7 +17,6 @@ from kdjax.losses import (
     register_divergence,
 )
 from kdjax.models import export_hf, load_model
-from kdjax.rewards import find_reward, register_reward
 from kdjax.sharding import Rules, make_mesh
 from kdjax.training.evaluation import Evaluation, Evaluator, register_evaluation
 from kdjax.training.loop import Result, train

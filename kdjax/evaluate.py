@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.task is None:
             values = evaluate(config, None if saved else model, run=run, step=asked.step, best=asked.best)
         else:
-            from kdjax.tasks import evaluate_task
+            from kdjax.generation.tasks import evaluate_task
 
             values = evaluate_task(config, model, asked.task, asked.out)
         print(json.dumps(values, indent=2))

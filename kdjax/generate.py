@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax.answers import LEFT_OUT, Answer, Answers
 from kdjax.config import Config, GenerateConfig, load_config
 from kdjax.data.questions import Question
 from kdjax.errors import UserError
-from kdjax.rewards import with_answer
+from kdjax.generation.answers import LEFT_OUT, Answer, Answers
+from kdjax.generation.rewards import with_answer
 from kdjax.train import guarded
 from kdjax.training.progress import Display
 

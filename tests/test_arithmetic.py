@@ -11,8 +11,8 @@ from flax import nnx
 
 from kdjax.config import load_config
 from kdjax.data import load_tokenizer
+from kdjax.generation.rewards import find_reward
 from kdjax.models import load_model
-from kdjax.rewards import find_reward
 
 FOLDER = ROOT / "examples" / "arithmetic"
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from data_tools import ROOT
 
-import kdjax.answers
+import kdjax.generation.answers
 from bridge.engine import Completion
 from bridge.errors import EngineError
 from kdjax.config import from_dict
 from kdjax.data import DataStream, load_tokenizer
 from kdjax.errors import UserError
 from kdjax.generate import generate
-from kdjax.journal import Journal
-from kdjax.tasks import evaluate_task
+from kdjax.generation.journal import Journal
+from kdjax.generation.tasks import evaluate_task
 from kdjax.training.progress import Display
 
 TOKENIZER = ROOT / "examples" / "arithmetic" / "tokenizer"
@@ -67,7 +67,7 @@ class Scripted:
 def scripted(monkeypatch):
     def use(answer):
         engine = Scripted(answer)
-        monkeypatch.setattr(kdjax.answers, "start_engine", engine.start)
+        monkeypatch.setattr(kdjax.generation.answers, "start_engine", engine.start)
         return engine
 
     return use

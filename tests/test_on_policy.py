@@ -11,9 +11,9 @@ from bridge.errors import EngineError
 from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.models import load_model
+from kdjax.rollouts.engines import StudentEngines
 from kdjax.training.loop import train
 from kdjax.training.progress import Display
-from kdjax.training.student_engines import StudentEngines
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")
 

@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.rewards import final_number, find_reward, register_reward, score, with_answer
+from kdjax.generation.rewards import final_number, find_reward, register_reward, score, with_answer
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from bridge.engine import Completion
 from kdjax.config import SourceConfig, from_dict
 from kdjax.data import Fault, Prompt, Prompts, collate
 from kdjax.errors import UserError
-from kdjax.training.rollout import RolloutStream, advantages_of, rollout_document
-from kdjax.training.rollout_log import Rollout, describe, distinct
+from kdjax.rollouts.log import Rollout, describe, distinct
+from kdjax.rollouts.stream import RolloutStream, advantages_of, rollout_document
 
 END = 2
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdjax.training.turns import Turns
+from kdjax.rollouts.turns import Turns
 
 
 class Engine:

@@ -40,14 +40,14 @@ from kdjax.data.files import refuse_missing
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.models import teacher_head
+from kdjax.rollouts.engines import StudentEngines, sleeping
+from kdjax.rollouts.self_teacher import SelfTeacher
+from kdjax.rollouts.stream import RolloutStream
+from kdjax.rollouts.turns import Turns
 from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
 from kdjax.training.revive import Revived
-from kdjax.training.rollout import RolloutStream
-from kdjax.training.self_teacher import SelfTeacher
 from kdjax.training.step import Step
 from kdjax.training.student import student_vocabulary, tokenizer_path
-from kdjax.training.student_engines import StudentEngines, sleeping
-from kdjax.training.turns import Turns
 
 LOG_RATIO = "rollout/kl"
 

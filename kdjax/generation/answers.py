@@ -26,9 +26,9 @@ from kdjax.data.formats import RowError
 from kdjax.data.questions import Question, Questions
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
 from kdjax.errors import UserError
-from kdjax.journal import Journal
+from kdjax.generation.journal import Journal
+from kdjax.generation.rewards import find_reward, score, with_answer
 from kdjax.models import resolve
-from kdjax.rewards import find_reward, score, with_answer
 from kdjax.training.interrupt import Interrupt
 from kdjax.training.progress import Display
 from kdjax.training.sources import engine_options

@@ -17,9 +17,9 @@ from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
+from kdjax.rollouts.turns import Turns
+from kdjax.rollouts.weights import HostTensors
 from kdjax.training.student import export_student
-from kdjax.training.turns import Turns
-from kdjax.training.weight_sync import HostTensors
 
 RESTARTS = 2  # of one engine for one batch: what kills it again and again is no accident
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kdjax.config_group import group
+from kdjax.config.group import group
 
 
 @group

@@ -12,10 +12,10 @@ from flax import nnx
 from bridge.client import RemoteEngine
 from bridge.errors import EngineError
 from kdjax.losses import Head
+from kdjax.rollouts.engines import student_label
+from kdjax.rollouts.turns import Turns
+from kdjax.rollouts.weights import HostTensors
 from kdjax.training.step import Step
-from kdjax.training.student_engines import student_label
-from kdjax.training.turns import Turns
-from kdjax.training.weight_sync import HostTensors
 
 
 class SelfTeacher:

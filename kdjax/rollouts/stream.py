@@ -19,10 +19,10 @@ from bridge.engine import Completion
 from kdjax.config import Config, RolloutConfig
 from kdjax.data import Document, Fault, HostBatch, Placed, Prompt, Prompts, Statistics, collate
 from kdjax.errors import UserError
-from kdjax.rewards import find_reward, score, with_answer
+from kdjax.generation.rewards import find_reward, score, with_answer
+from kdjax.rollouts.engines import StudentEngines
+from kdjax.rollouts.log import Rollout, RolloutLog, describe, is_empty, shown
 from kdjax.training.checkpoint import identity
-from kdjax.training.rollout_log import Rollout, RolloutLog, describe, is_empty, shown
-from kdjax.training.student_engines import StudentEngines
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from kdjax.answers import Answers
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.rewards import find_reward, with_answer
+from kdjax.generation.answers import Answers
+from kdjax.generation.rewards import find_reward, with_answer
 from kdjax.training.progress import Display
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kdjax.config_group import group
+from kdjax.config.group import group
 
 
 @group
