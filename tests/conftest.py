@@ -94,8 +94,8 @@ def local_engines(monkeypatch):
         started.append(LocalEngine(model, **options))
         return started[-1]
 
-    for module in ("sources", "student_engines"):
-        monkeypatch.setattr(f"kdjax.training.{module}.start_engine", start)
+    for module in ("training.teacher", "rollouts.engines"):
+        monkeypatch.setattr(f"kdjax.{module}.start_engine", start)
     return started
 
 

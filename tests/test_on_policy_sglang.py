@@ -24,7 +24,7 @@ def test_weights_arrive_and_a_killed_engine_comes_back_with_them(on_policy_value
     from local_engine import LocalEngine
 
     monkeypatch.setattr(
-        "kdjax.training.sources.start_engine", LocalEngine
+        "kdjax.training.teacher.start_engine", LocalEngine
     )  # the teacher; the student's is the real one
     on_policy_values["rollout"] |= {"engine": "sglang", "threads": 1, "args": {"max_total_tokens": 4096}}
     on_policy_values["train"] |= {"steps": 4, "learning_rate": 1e-2}

@@ -53,7 +53,7 @@ def test_another_head_is_refused(run_values, opened, fault):
             check_teacher(stream)
     finally:
         stream.teachers = right
-    assert stream.pool.usage().used == 0
+    assert stream.engine.pool.usage().used == 0
 
 
 def test_chat_templates_that_disagree_are_told():

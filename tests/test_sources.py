@@ -23,13 +23,13 @@ def test_rows_arrive_aliased_and_slots_are_reused(run_values, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(run_values["teacher"]["path"], dtype=torch.float32).model.eval()
     sizes = []
     with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
-        low = stream.pool._address
+        low = stream.engine.pool._address
         for number in range(40):
             batch = next(stream)
             hidden = batch.arrays.teacher_hidden[0]
             sizes.append(batch.host.loss_tokens)
             pointer = hidden.addressable_shards[0].data.unsafe_buffer_pointer()
-            assert low <= pointer < low + stream.pool.spec.bytes
+            assert low <= pointer < low + stream.engine.pool.spec.bytes
             if number % 13 == 0:
                 placed = batch.host.documents[-1]
                 with torch.no_grad():
@@ -46,11 +46,12 @@ def test_each_device_views_rows_of_its_own_part(run_values, tmp_path):
     run_values["mesh"] = {"data": 2, "fsdp": 2}
     with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
         batch = next(stream)
-        hidden, part = batch.arrays.teacher_hidden[0], stream.pool.spec.part_rows * stream.pool.spec.row_bytes
+        hidden, pool = batch.arrays.teacher_hidden[0], stream.engine.pool
+        part = pool.spec.part_rows * pool.spec.row_bytes
         pieces = hidden.addressable_shards
         assert len({piece.device for piece in pieces}) == 4
         for piece in pieces:
             shard = piece.index[1].start // piece.data.shape[1]
-            offset = piece.data.unsafe_buffer_pointer() - stream.pool._address
+            offset = piece.data.unsafe_buffer_pointer() - pool._address
             assert shard * part <= offset and offset + piece.data.nbytes <= (shard + 1) * part
         batch.release_after(jnp.zeros(()))

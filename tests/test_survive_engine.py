@@ -126,11 +126,11 @@ def test_a_fault_that_would_come_again_is_not_answered_by_a_restart(values, tmp_
         stream.wait_ready()
         pid = servers()
         with pytest.raises(UserError, match="^teacher .*: a prompt is an int32 NumPy array"):
-            stream._revived.ask(lambda engine: engine.score([[1, 2]]))
-        with stream.pool.lease([stream.pool.spec.rows], timeout=1):
+            stream.engine.revived.ask(lambda engine: engine.score([[1, 2]]))
+        with stream.engine.pool.lease([stream.engine.pool.spec.rows], timeout=1):
             with pytest.raises(EngineError, match="rows waited 1 s for the hidden pool: 0 of .* rows are free"):
                 next(stream)
-        assert servers() == pid and stream.restarts == 0 and not told
+        assert servers() == pid and stream.engine.restarts == 0 and not told
 
 
 def test_a_refused_request_is_raised_and_not_repeated():

@@ -31,7 +31,7 @@ from kdjax.generation.rewards import find_reward, score, with_answer
 from kdjax.models import resolve
 from kdjax.training.interrupt import Interrupt
 from kdjax.training.progress import Display
-from kdjax.training.sources import engine_options
+from kdjax.training.teacher import engine_options
 
 ENGINE_STARTS = 3  # a batch that the engine does not survive so often is not asked for again
 SECONDS_BETWEEN_LINES = 20

@@ -34,12 +34,12 @@ def check_teacher(stream: Any) -> float:
     most in bfloat16: a wrong head, a missing soft-cap, another vocabulary or stale weights would train on nonsense.
     """
     documents = _sample(stream)
-    theirs = stream.engine.score(documents)
+    theirs = stream.engine.remote.score(documents)
     rows = [len(ids) - 1 for ids in documents]
-    lease = stream.pool.lease([sum(rows)], timeout=stream.config.teacher.timeout)
+    lease = stream.engine.pool.lease([sum(rows)], timeout=stream.config.teacher.timeout)
     try:
         starts = lease.starts[0] + np.concatenate([[0], np.cumsum(rows)[:-1]])
-        stream.engine.prefill(
+        stream.engine.remote.prefill(
             [
                 Prefill(ids=ids, spans=((0, n),), row=int(start))
                 for ids, n, start in zip(documents, rows, starts, strict=True)

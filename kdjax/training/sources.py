@@ -7,10 +7,7 @@ writes straight into leased rows of the pool, and only the rows' addresses come 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,10 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Bool
 
-from bridge.client import RemoteEngine, start_engine
-from bridge.engine import Prefill
-from bridge.hidden_pool import HiddenPool, Lease
+from bridge.hidden_pool import Lease
 from kdjax.algorithms.base import Teacher
 from kdjax.config import Config
 from kdjax.data import (
@@ -39,21 +35,17 @@ from kdjax.data import (
 from kdjax.data.files import refuse_missing
 from kdjax.errors import UserError
 from kdjax.losses import Head
-from kdjax.models import teacher_head
-from kdjax.rollouts.engines import StudentEngines, sleeping
+from kdjax.rollouts.engines import StudentEngines
 from kdjax.rollouts.self_teacher import SelfTeacher
 from kdjax.rollouts.stream import RolloutStream
 from kdjax.rollouts.turns import Turns
-from kdjax.sharding import BATCH_AXES, Rules, data_shards, make_mesh
-from kdjax.training.revive import Revived
+from kdjax.sharding import BATCH_AXES, data_shards, make_mesh
+from kdjax.training.ahead import Ahead
 from kdjax.training.step import Step
 from kdjax.training.student import student_vocabulary, tokenizer_path
+from kdjax.training.teacher import TeacherEngine
 
 LOG_RATIO = "rollout/kl"
-
-LEAST_ROWS = 1024  # of a pool, so that the preflight's sample fits whatever the batch
-POLL_SECONDS = 0.2  # between looks at whether a wait is still wanted
-CLOSE_SECONDS = 5.0  # for an engine to end by itself
 
 
 @dataclass
@@ -94,10 +86,8 @@ class Stream:
                 f"row(s) for {self.shards} data shards (mesh.data × mesh.fsdp); make it a multiple"
             )
         self._exit = ExitStack()
-        self._leases: deque[tuple[jax.Array, Lease]] = deque()
-        self._engine: RemoteEngine | None = None
-        self._revived: Revived | None = None
-        self._worker: _Ahead | None = None
+        self.engine: TeacherEngine | None = None
+        self._worker: Ahead[tuple[HostBatch, Lease | None, dict[str, float]]] | None = None
         self._taken: DeviceBatch | None = None
         self._step: Step | None = None
         self._turns = Turns()
@@ -105,65 +95,32 @@ class Stream:
         self.teachers: tuple[Teacher, ...] = ()
         self._shape = dict(batch=rows, shards=self.shards, vocab_size=student_vocabulary(config))
         try:
-            self._open(log)
+            self._open(log or Path(config.output) / "engine.log")
         except BaseException:
             self.close()
             raise
 
-    def _open(self, log: Path | None) -> None:
+    def _open(self, log: Path) -> None:
         config = self.config
         for source in (*config.data.train, *config.data.eval):
             refuse_missing(source.path)
-        head = self._start_teacher(log) if config.teacher.path is not None else None
+        if config.teacher.path is not None:
+            slots = self._lookahead + 2
+            self.engine = TeacherEngine(config, self.mesh, slots=slots, log=log, tell=self._tell)
+            self._exit.callback(self.engine.close)
+            self.engine.before = self._before_prefill
+            self._shape["vocab_size"] = min(self._shape["vocab_size"], self.engine.vocab_size)
         # The engine starts in its own process while the tokenizer and the data are opened here.
         self.tokenizer = load_tokenizer(tokenizer_path(config))
-        if head is not None:
-            self.teachers = (Teacher(replace(head, valid=self._shared_ids(head)), head.width, config.teacher.path),)
+        if self.engine is not None:
+            head = replace(self.engine.head, valid=self._shared_ids(self.engine.head))
+            self.teachers = (Teacher(head, head.width, config.teacher.path),)
         shape = self._shape | {"accumulate": config.train.accumulate}
         if config.distill.on_policy_fraction:
             self.data = RolloutStream(config, self.tokenizer, **shape)
         else:
             self.data = DataStream(config.data, self.tokenizer, seed=config.train.seed, **shape)
         self._exit.callback(self.data.close)
-
-    def _start_teacher(self, log: Path | None) -> Head:
-        """Read the teacher's head, make the pool and launch the engine without waiting for it."""
-        config, teacher = self.config, self.config.teacher
-        dtype = teacher.dtype
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        head, model = teacher_head(teacher.path, mesh=self.mesh, rules=Rules(), dtype=dtype)
-        limit = model.max_position_embeddings
-        if limit is not None and config.data.max_len > limit:
-            raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
-        # A slot holds a batch in which every position carries loss; 64 rows are enough to align the next one.
-        self._slot_rows = config.train.batch_size * config.data.max_len // self.shards
-        self._slots = self._lookahead + 2
-        room, width = max(self._slots * (self._slot_rows + 64), LEAST_ROWS), model.hidden_size
-        # On GPUs every data shard has rows of its own on each GPU that trains on it; a CPU's devices share one memory.
-        self.pool = HiddenPool.create(
-            rows=room, width=width, dtype=dtype, parts=self.shards, on=_gpus_of_shards(self.mesh, self.shards)
-        )
-        self._exit.callback(self.pool.close)
-        try:
-            self._engine = start_engine(
-                teacher.path,
-                kind=teacher.engine,
-                pool=self.pool,
-                log=log or Path(config.output) / "engine.log",
-                threads=teacher.threads,
-                start_timeout=teacher.start_timeout,
-                call_timeout=teacher.timeout,
-                options=engine_options(config),
-                wait=False,
-            )
-        except ValueError as error:
-            raise UserError(f"teacher.path: {error}") from None
-        self._exit.callback(self._engine.close, timeout=CLOSE_SECONDS)
-        self._revived = Revived(self._engine, teacher.restarts, self._tell)
-        self._exit.callback(self._revived.end)
-        self._shape["vocab_size"] = min(self._shape["vocab_size"], model.vocab_size)
-        return head
 
     @property
     def _lookahead(self) -> int:
@@ -175,8 +132,8 @@ class Stream:
             return max(1, config.rollout.max_staleness)
         return config.teacher.lookahead if config.teacher.path else 1
 
-    def _shared_ids(self, head: Head) -> jax.Array:
-        """bool [V]: the ids that mean something to both models. Raises UserError when their vocabularies differ."""
+    def _shared_ids(self, head: Head) -> Bool[Array, " V"]:
+        """The ids that mean something to both models. Raises UserError when their vocabularies differ."""
         theirs = load_tokenizer(self.config.teacher.path)
         compare_vocabularies(self.tokenizer, theirs, self.config.data.special_token_map)
         return jax.numpy.asarray(valid_ids(theirs, head.vocabulary) & valid_ids(self.tokenizer, head.vocabulary))
@@ -193,7 +150,7 @@ class Stream:
             if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
             self._produced = 0 if self._step is None else self._step.number
-            self._worker = _Ahead(self._produce, self._lookahead)
+            self._worker = Ahead(self._produce, self._lookahead)
             self._exit.callback(self._worker.stop)
         synced = self._follow()
         start = time.perf_counter()
@@ -207,7 +164,7 @@ class Stream:
         arrays = self.place(host, lease)
         batch = DeviceBatch(arrays, host, seconds | {"transfer": time.perf_counter() - start})
         if lease is not None:
-            batch.release_after = lambda array: self._leases.append((array, lease))
+            batch.release_after = lambda array: self.engine.release_after(array, lease)
         self._taken = batch
         return batch
 
@@ -224,17 +181,17 @@ class Stream:
                 Path(config.output),
                 banned_ids=np.flatnonzero(~known).tolist(),
                 stop_ids=[] if end is None else [end],
-                shared=None if config.rollout.engines else self._engine,
+                shared=None if config.rollout.engines else self.engine.remote,
             )
         if config.teacher.update_every is not None:
             every, decay = config.teacher.update_every, config.teacher.ema_decay
             shared = self.students is not None and config.rollout.engines == 0
             self.self_teacher = SelfTeacher(
-                step, self._engine, self.teachers[0].head, every=every, decay=decay, shared=shared
+                step, self.engine.remote, self.teachers[0].head, every=every, decay=decay, shared=shared
             )
             self._exit.callback(self.self_teacher.close)
         if config.colocate:
-            engines = {"student": self.students.engines if self.students else [], "teacher": [self._engine]}
+            engines = {"student": self.students.engines if self.students else [], "teacher": [self.engine.remote]}
             resident = {"student": config.rollout.resident, "teacher": config.teacher.resident}
             self._turns = Turns(engines, resident)
             for follower in filter(None, (self.students, self.self_teacher)):
@@ -250,7 +207,7 @@ class Stream:
         if isinstance(self.data, RolloutStream):
             self._look_back()
         if self.config.colocate:
-            jax.block_until_ready([array for array, _ in self._leases])
+            self.engine.wait_released()
             self._turns.enter("train")
         followers = [follower for follower in (self.students, self.self_teacher) if follower is not None]
         start = time.perf_counter()
@@ -273,8 +230,8 @@ class Stream:
 
     def wait_ready(self) -> None:
         """Until the teacher answers. Raises EngineError when it does not start in time."""
-        if self._engine is not None:
-            self._engine.wait_ready()
+        if self.engine is not None:
+            self.engine.remote.wait_ready()
 
     def held_out(self) -> list[HostBatch]:
         """Every held-out row once, read and laid out; needs no teacher."""
@@ -310,32 +267,15 @@ class Stream:
         return found[:count]
 
     def gauges(self) -> dict[str, float]:
-        """How full the pool of hidden rows is now and was at most, as shares, seconds spent waiting for room, and how
-        often the teacher had to be started again."""
-        if self._engine is None:
-            return {}
-        usage = self.pool.usage()
-        used, peak = usage.used / usage.rows, usage.peak / usage.rows
-        return {"pool/used": used, "pool/peak": peak, "pool/waited": usage.waited, "teacher/restarts": self.restarts}
+        """Numbers about the teacher's pool and engine; see TeacherEngine."""
+        return {} if self.engine is None else self.engine.gauges()
 
     def place(self, host: HostBatch, lease: Lease | None = None, *, copy: bool = False) -> Batch:
         """Put a host batch on the mesh; the teacher's rows are viewed where the engine wrote them, or copied."""
         batch = to_device(host.batch, self.mesh)
         if lease is None:
             return batch
-        return replace(batch, teacher_hidden=(self._view(lease, host.batch.rows.shape, copy),))
-
-    def _view(self, lease: Lease, shape: tuple[int, int, int], copy: bool) -> jax.Array:
-        """[A, G·N, E] assembled from what each device sees of its data shard's rows, which lie in its own memory."""
-        micro, shards, rows = shape
-        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES, None))
-        total = (micro, shards * rows, self.pool.spec.width)
-        pieces = []
-        for device, index in sharding.addressable_devices_indices_map(total).items():
-            view = lease.view((index[1].start or 0) // rows, (micro, rows), device.local_hardware_id)
-            piece = jax.dlpack.from_dlpack(view, copy=False)
-            pieces.append(jax.numpy.array(piece, copy=True) if copy else piece)
-        return jax.make_array_from_single_device_arrays(total, sharding, pieces)
+        return replace(batch, teacher_hidden=(self.engine.view(lease, host.batch.rows.shape, copy=copy),))
 
     def _produce(self) -> tuple[HostBatch, Lease | None, dict[str, float]]:
         host = next(self.data)
@@ -346,56 +286,22 @@ class Stream:
         return host, lease, host.seconds | seconds
 
     def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
-        """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took."""
-        if self._engine is None:
+        if self.engine is None:
             return None, {}
-        micro, shards, rows = host.batch.rows.shape
-        self._reclaim()
-        # Always a whole slot, however many rows this batch needs: runs of one length leave no gaps that fit nothing.
-        lease = self.pool.lease([self._slot_rows] * shards, timeout=self.config.teacher.timeout)
-        start = time.perf_counter()
-        try:
-            prompts = [
-                Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
-                for p in host.documents
-            ]
-            self._revived.ask(lambda engine: self._prefill(engine, prompts))
-        except BaseException:
-            lease.release()
-            raise
-        return lease, {"teacher": time.perf_counter() - start}
+        lease, seconds = self.engine.consult(host)
+        return lease, {"teacher": seconds}
 
-    def _prefill(self, engine: RemoteEngine, prompts: list[Prefill]) -> None:
-        """Ask the teacher. One that follows the student gets its weights again after a new start; held-out rows, asked
-        for before the first batch, are those of the teacher as it was at the start of the run."""
+    def _before_prefill(self) -> None:
+        """A teacher that follows the student gets its weights again after a new start; held-out rows, asked for before
+        the first batch, are those of the teacher as it was at the start of the run."""
         if self.self_teacher is not None and self._worker is not None:
             self.self_teacher.send()
         self._turns.enter("prefill")
-        engine.prefill(prompts)
-
-    def _reclaim(self) -> None:
-        """Give back the rows of steps that are done; with no free slot left, wait for the oldest step."""
-        while self._leases and (self._leases[0][0].is_ready() or len(self._leases) >= self._slots - 1):
-            array, lease = self._leases.popleft()
-            if not np.isnan(array):
-                lease.release()
-
-    @property
-    def engine(self) -> RemoteEngine | None:
-        """The running teacher."""
-        return self._engine
-
-    @property
-    def restarts(self) -> int:
-        """How often the teacher had to be started again."""
-        return 0 if self._revived is None else self._revived.count
 
     def kill(self) -> None:
         """End the teacher and unlink the pool at once, whatever they are doing; the process is about to end."""
-        if self._revived is not None:
-            self._revived.end()
-            self._engine.kill()
-            self.pool.close()
+        if self.engine is not None:
+            self.engine.kill()
 
     def close(self) -> None:
         """Stop the engines and free the pool; safe to call twice."""
@@ -423,73 +329,3 @@ def stream(config: Config, mesh: Mesh | None = None, *, log: Path | None = None)
         log: file that receives the engine's own output.
     """
     return Stream(config, mesh, log=log)
-
-
-def engine_options(config: Config) -> dict[str, Any]:
-    """SGLang's server arguments that have keys of their own, then the user's; plain transformers has none."""
-    teacher = config.teacher
-    if teacher.engine != "sglang":
-        return dict(teacher.args)
-    named = dict(
-        tp_size=teacher.tp,
-        pp_size=teacher.pp,
-        ep_size=teacher.ep,
-        quantization=teacher.quantization,
-        mem_fraction_static=teacher.mem_fraction,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-    return named | sleeping(config) | dict(teacher.args)
-
-
-def _gpus_of_shards(mesh: Mesh, shards: int) -> list[list[int]]:
-    """For each data shard the numbers of this process's GPUs that train on it; empty where there are no GPUs."""
-    gpus: list[list[int]] = [[] for _ in range(shards)]
-    placed = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((shards,))
-    for device, (index,) in placed.items():
-        gpus[index.start or 0].append(device.local_hardware_id)
-    return gpus if jax.default_backend() == "gpu" else []
-
-
-class _Ahead:
-    """Runs ``produce`` in a thread, at most ``depth`` results ahead of ``take``; its errors surface in ``take``."""
-
-    def __init__(self, produce: Any, depth: int) -> None:
-        self._produce, self._depth = produce, depth
-        self._results: queue.Queue = queue.Queue()
-        self._permits = threading.Semaphore(depth)
-        self._stopping = False
-        if depth:
-            self._thread = threading.Thread(target=self._run, name="kdjax-teacher", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            self._permits.acquire()
-            if self._stopping:
-                return
-            try:
-                self._results.put((self._produce(), None))
-            except BaseException as error:
-                self._results.put((None, error))
-                return
-
-    def take(self, give_up: Callable[[], Any]) -> Any:
-        """The next result, or None once ``give_up()`` is true."""
-        if not self._depth:
-            return self._produce()
-        while True:
-            try:
-                result, error = self._results.get(timeout=POLL_SECONDS)
-                break
-            except queue.Empty:
-                if give_up():
-                    return None
-        if error is not None:
-            self._results.put((None, error))
-            raise error
-        self._permits.release()
-        return result
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._permits.release()
