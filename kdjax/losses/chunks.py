@@ -238,8 +238,8 @@ def _chunk_rows(columns: int) -> int:
 
 
 def _block_rows(columns: int) -> int:
-    """Rows of a block of about 16 MB on a CPU, whose caches it should fit, and 256 MB elsewhere."""
-    return max(1, (2**22 if jax.default_backend() == "cpu" else 2**26) // columns)
+    """Rows of a block of about 16 MB on a CPU, whose caches it should fit, and 128 MB elsewhere."""
+    return max(1, (2**22 if jax.default_backend() == "cpu" else 2**25) // columns)
 
 
 def _where(asked: tuple[Side, ...], sides: tuple[Side, ...]) -> tuple[Side, ...]:
