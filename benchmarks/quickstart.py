@@ -1,6 +1,6 @@
 """What distillation gains over fine-tuning the same student: the README's table, over several seeds.
 
-    python -m benchmarks.quickstart                        # two hours on two cores
+    python -m benchmarks.quickstart                        # an hour and a half on two cores
     python -m benchmarks.quickstart --only-table           # write the table anew from the committed results
 
 First the seconds of a step are measured, with and without a teacher in turn. Then each seed trains the quickstart's
@@ -28,7 +28,7 @@ RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 README = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
-LONG = 3
+LONG = 2
 TIMED_STEPS, TIMED_RUNS = 40, 2
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kdjax.errors import UserError
-from kdjax.losses import Head, linear_divergence, linear_objective, linear_statistics
+from kdjax.losses import Head, chunks, linear_divergence, linear_objective, linear_statistics
 
 
 def user_loss(student_logits, teacher_logits, *, temperature=1.0):
@@ -110,6 +110,29 @@ def test_padded_vocabularies_of_unequal_size(name):
     """151,936 against 152,064 columns, as two sizes of one model family have them."""
     sizes = (152_064, 151_936) if name in ("rkl", "tvd") else (151_936, 152_064)
     check_divergence(Case(4, *sizes), name, 1.0, chunk_rows=2)
+
+
+@pytest.mark.parametrize("layout", ["dv", "vd"])
+@pytest.mark.parametrize("name", ["kl", "jsd", "akl", "user"])
+def test_ragged_blocks_and_slices(name, layout, monkeypatch):
+    """Blocks of 3 rows in chunks of 7, and the head's gradient in slices of 13 ids: sizes that divide nothing."""
+    monkeypatch.setattr(chunks, "_block_rows", lambda columns: 3)
+    monkeypatch.setattr(chunks, "SLICE", 12 * 13)
+    case = Case(19, 59, 67, layout=layout)
+    check_divergence(case, name, 1.3, chunk_rows=7, soft_cap=6.0)
+    (kd, kd_slopes), (ce, ce_slopes) = case.reference("kl" if name == "user" else name, 1.0, case.valid[0][:59])
+
+    @jax.jit
+    @jax.jacrev
+    def run(moving):
+        head = Head(moving[1], moving[2], layout=layout, valid=case.valid[0])
+        teacher = case.teacher_head(valid=case.valid[1])
+        rows = dict(divergence=user_loss if name == "user" else name, labels=case.labels, mask=case.mask, chunk_rows=7)
+        return jnp.stack(linear_divergence(moving[0], head, case.teacher_hidden, teacher, **rows)[:2])
+
+    both = run((case.student_hidden, case.weight, case.bias))
+    close([slope[0] for slope in both], kd_slopes)
+    close([slope[1] for slope in both], ce_slopes)
 
 
 @pytest.mark.parametrize("vocab", [53, 5_000, 151_936])
