@@ -313,7 +313,8 @@ def engine(toy: bool) -> dict[str, Any]:
         overrides = [f"student.config={student}", "student.path=null", f"student.scan_layers={not toy}"]
         overrides += [f"teacher.path={teacher}", f"data.max_len={length}", f"train.batch_size={rows}"]
         overrides += [f"train.steps={steps}", "train.eval_every=null", "train.eval_rows=8", "log.every=5"]
-        overrides += ["log.tensorboard=false", "log.sample_prompt=null", "checkpoint.check_export=false"]
+        overrides += ["log.tensorboard=false", "log.sample_prompt=null", "log.samples=0"]
+        overrides += ["checkpoint.check_export=false"]
         overrides += ["train.learning_rate=1.0e-4", "train.min_lr=0.0"]
         if not toy:
             overrides += ["teacher.dtype=bfloat16", "teacher.mem_fraction=0.2", f"teacher.args={json.dumps(arguments)}"]

@@ -32,11 +32,16 @@ LONG = 2
 TIMED_STEPS, TIMED_RUNS = 40, 2
 
 
-def run(name: str, seed: int, steps: int, *overrides: str) -> list[dict[str, Any]]:
+def overrides(out: Path, seed: int, steps: int, *more: str) -> list[str]:
+    """What a run changes in the quickstart's configuration."""
+    quick = ["checkpoint.check_export=false", "log.samples=0", "log.report=false"]
+    return [f"output={out}", "overwrite=true", f"train.seed={seed}", f"train.steps={steps}", *quick, *more]
+
+
+def run(name: str, seed: int, steps: int, *more: str) -> list[dict[str, Any]]:
     """Train and return the run's metrics."""
     out = ROOT / "runs" / "benchmark" / f"{name}-{seed}"
-    command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), f"output={out}", "overwrite=true"]
-    command += [f"train.seed={seed}", f"train.steps={steps}", "checkpoint.check_export=false", *overrides]
+    command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), *overrides(out, seed, steps, *more)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -62,6 +62,7 @@ def overrides(out: Path, steps: int, **more: Any) -> list[str]:
         "train.eval_every": "null",
         "train.eval_rows": 4,
         "checkpoint.check_export": "false",
+        "log.samples": 0,
         "log.tensorboard": "false",
     } | more
     return [f"{key}={value}" for key, value in values.items()]

@@ -6,6 +6,15 @@ import sys
 
 import pytest
 
+from benchmarks import quickstart, trl_gkd
+from kdjax.config import load_config
+
+
+def test_benchmarks_ask_for_configurations_that_hold(tmp_path):
+    for more in ((), quickstart.SFT):
+        assert load_config(quickstart.CONFIG, quickstart.overrides(tmp_path, 1, 7, *more)).train.steps == 7
+    assert load_config(quickstart.CONFIG, trl_gkd.overrides(tmp_path, 7)).distill.kd_ratio == 1.0
+
 
 @pytest.mark.full
 def test_every_section_of_the_gpu_benchmark_runs_at_toy_size(root, tmp_path):
