@@ -3,15 +3,17 @@
     python -m benchmarks.quickstart                        # an hour and a half on two cores
     python -m benchmarks.quickstart --only-table           # write the table anew from the committed results
 
-First the seconds of a step are measured, with and without a teacher in turn. Then each seed trains the quickstart's
-student with its teacher and by supervised fine-tuning (SFT): for as many steps, for as many seconds, and both for
-``LONG`` times the steps, where of SFT the best evaluation counts and of distillation the last.
+First the seconds of a step are measured, with and without a teacher in turn; the fastest few steps of each count, as
+others on the machine can only slow them down. Then each seed trains the quickstart's student with its teacher and by
+supervised fine-tuning (SFT): for as many steps, for as many seconds, and both for ``LONG`` times the steps, where of
+SFT the best evaluation counts and of distillation the last. Stopped, it goes on where it was; ``--fresh`` starts anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,37 +26,40 @@ from benchmarks.record import record, write_between
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
+RUNS = ROOT / "runs" / "benchmark" / "quickstart"
 RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 README = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
 LONG = 2
-TIMED_STEPS, TIMED_RUNS = 40, 2
+TIMED_STEPS, TIMED_RUNS, WINDOW = 60, 3, 5
 
 
 def overrides(out: Path, seed: int, steps: int, *more: str) -> list[str]:
     """What a run changes in the quickstart's configuration."""
     quick = ["checkpoint.check_export=false", "log.samples=0", "log.report=false"]
-    return [f"output={out}", "overwrite=true", f"train.seed={seed}", f"train.steps={steps}", *quick, *more]
+    return [f"output={out}", f"train.seed={seed}", f"train.steps={steps}", *quick, *more]
 
 
 def run(name: str, seed: int, steps: int, *more: str) -> list[dict[str, Any]]:
-    """Train and return the run's metrics."""
-    out = ROOT / "runs" / "benchmark" / f"{name}-{seed}"
-    command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), *overrides(out, seed, steps, *more)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    """Train, unless that is done, and return the run's metrics."""
+    out = RUNS / f"{name}-{seed}"
+    if not (out / "result.json").exists():
+        command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), *overrides(out, seed, steps, *more)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def step_seconds() -> dict[str, list[float]]:
-    """Seconds of a step, evaluation not counted, of each short run: distillation and SFT take turns."""
+    """Seconds of a step in every few steps of some short runs; distillation and SFT take turns."""
     seconds: dict[str, list[float]] = {"kd": [], "sft": []}
-    for _ in range(TIMED_RUNS):
-        for name, overrides in (("kd", ()), ("sft", SFT)):
-            records = run(f"timed-{name}", 0, TIMED_STEPS, "train.eval_every=null", "train.eval_rows=4", *overrides)
+    short = ("train.eval_every=null", "train.eval_rows=4", f"log.every={WINDOW}")
+    for turn in range(TIMED_RUNS):
+        for name, more in (("kd", ()), ("sft", SFT)):
+            records = run(f"timed-{name}", turn, TIMED_STEPS, *short, *more)
             timed = [r["seconds/step"] for r in records if "seconds/step" in r]
-            seconds[name].append(mean(timed[1:]))  # the first interval holds the warm-up
-            print(f"{name}: {seconds[name][-1]:.3f} s a step", flush=True)
+            seconds[name] += timed[1:]  # the first steps hold the warm-up
+            print(f"{name}: {min(seconds[name]):.3f} s a step", flush=True)
     return seconds
 
 
@@ -77,13 +82,14 @@ def held_out(name: str, seed: int, steps: int, *overrides: str) -> dict[str, Any
 def measure(seeds: list[int]) -> dict[str, Any]:
     steps = yaml.safe_load(CONFIG.read_text())["train"]["steps"]
     timed = step_seconds()
-    longer = round(steps * mean(timed["kd"]) / mean(timed["sft"]))
+    longer = round(steps * min(timed["kd"]) / min(timed["sft"]))
     often = f"train.eval_every={steps // 2}"
     runs: dict[str, list] = {"kd": [], "sft_steps": [], "sft_seconds": [], "kd_long": [], "sft_long": []}
     for seed in seeds:
         runs["kd"].append(held_out("kd", seed, steps))
         runs["sft_steps"].append(held_out("sft_steps", seed, steps, *SFT))
         runs["sft_seconds"].append(held_out("sft_seconds", seed, longer, *SFT))
+    for seed in seeds:
         runs["kd_long"].append(held_out("kd_long", seed, LONG * steps, often))
         runs["sft_long"].append(held_out("sft_long", seed, LONG * steps, often, *SFT))
     return {"seeds": seeds, "step_seconds": timed, "runs": runs}
@@ -92,7 +98,7 @@ def measure(seeds: list[int]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """A Markdown table of means ± standard deviations over the seeds."""
     runs = result["runs"]
-    step = {name: mean(each) for name, each in result["step_seconds"].items()}
+    step = {name: min(each) for name, each in result["step_seconds"].items()}
 
     def row(title: str, name: str, which: str = "final") -> str:
         entries = runs[name]
@@ -127,7 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only-table", action="store_true", help="measure nothing, write the README's table")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier call has left")
     arguments = parser.parse_args()
+    if arguments.fresh:
+        shutil.rmtree(RUNS, ignore_errors=True)
     if not arguments.only_table:
         record(RESULT, measure(arguments.seeds))
     write_between(README, MARK, table(json.loads(RESULT.read_text())))
