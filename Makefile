@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
+PARALLEL ?= -n 2 --dist loadfile
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 
 .PHONY: setup quickstart teacher test test-full bench gpu docs lint clean
@@ -14,10 +15,10 @@ teacher: setup  ## train the quickstart's teacher anew (an hour on two cores)
 	$(BIN)/python -m kdjax.train --config configs/quickstart_teacher.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: setup
-	$(BIN)/python -m pytest -m "full or not full"
+	$(BIN)/python -m pytest $(PARALLEL) -m "full or not full"
 
 bench: setup
 	$(BIN)/python -m benchmarks.fused_loss
