@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
 PARALLEL ?= -n 2 --dist loadfile
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup quickstart teacher test test-full bench gpu docs lint clean
+.PHONY: setup quickstart teacher test test-full bench bench-full gpu docs lint clean
 
 quickstart: setup
 	$(BIN)/python -m kdjax.train --config configs/quickstart.yaml overwrite=true
@@ -20,8 +20,19 @@ test: setup
 test-full: setup
 	$(BIN)/python -m pytest $(PARALLEL) -m "full or not full"
 
-bench: setup
+bench: setup  ## what a CPU can measure, alone on the machine: over an hour, 12 GB; then the README's table
+	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.trl_gkd
 	$(BIN)/python -m benchmarks.fused_loss
+	$(BIN)/python -m benchmarks.divergences
+	$(BIN)/python -m benchmarks.table
+
+bench-full: bench  ## and what distillation is worth, over several seeds: three hours more
+	$(BIN)/python -m benchmarks.quickstart
+	$(BIN)/python -m benchmarks.on_policy
+	$(BIN)/python -m benchmarks.table
 
 gpu: setup  ## on a machine with a GPU: check and measure, ten minutes
 	$(BIN)/python -m benchmarks.gpu

@@ -1,17 +1,18 @@
-"""The fused loss against unchunked logits: time of a value with its gradients, and temporary memory.
+"""The fused loss against unchunked logits: time of a value with its gradients, and memory.
 
     python -m benchmarks.fused_loss                          # all shapes; the largest takes 12 GB and ten minutes
     python -m benchmarks.fused_loss --shapes small medium
 
 Forward KL from hidden rows and heads in float32, with gradients in the student's hidden rows and head. Three programs
 take turns, so that the machine's moods meet all alike: ``linear_divergence``, the same in plain JAX on logits of all
-rows, and PyTorch eager where its memory allows. Temporary memory is what XLA plans for the compiled program.
+rows, and PyTorch eager where its memory allows; their values must agree. Temporary memory is what XLA plans for the
+compiled program, peak memory what the process's resident memory rose by in one call, results included.
+``benchmarks.divergences`` measures the other divergences and vocabularies by the same means.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.record import record, spread
+from benchmarks.naive import DIVERGENCES, JAX, torch_library
+from benchmarks.record import record
+from benchmarks.timing import SECONDS, in_turns, peak_bytes
 from kdjax.losses import linear_divergence
 
 RESULT = Path(__file__).resolve().parent / "results" / "fused_loss.json"
@@ -30,76 +33,101 @@ SHAPES = {
     "large": dict(rows=4_096, vocabulary=151_936, width=1_024, teacher_width=2_048),
 }
 WITHOUT_TORCH = ("large",)  # its eager graph keeps more logits than this machine has memory
-REPETITIONS = 3
+AGREE = 1e-3  # relative; sums of 10⁸ float32 numbers in different orders
+Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def fused(hidden: jax.Array, weight: jax.Array, teacher_hidden: jax.Array, teacher_weight: jax.Array) -> jax.Array:
-    mask = jnp.ones(len(hidden), bool)
-    return linear_divergence(hidden, weight, teacher_hidden, teacher_weight, divergence="kl", mask=mask)[0]
+def fused(divergence: str) -> Callable[..., jax.Array]:
+    def program(hidden: jax.Array, weight: jax.Array, teacher_hidden: jax.Array, teacher_weight: jax.Array):
+        mask = jnp.ones(len(hidden), bool)
+        return linear_divergence(hidden, weight, teacher_hidden, teacher_weight, divergence=divergence, mask=mask)[0]
+
+    return program
 
 
-def naive(hidden: jax.Array, weight: jax.Array, teacher_hidden: jax.Array, teacher_weight: jax.Array) -> jax.Array:
-    log_q = jax.nn.log_softmax(hidden @ weight)
-    log_p = jax.nn.log_softmax(teacher_hidden @ teacher_weight)
-    return (jnp.exp(log_p) * (log_p - log_q)).sum()
+def naive(divergence: str) -> Callable[..., jax.Array]:
+    def program(hidden: jax.Array, weight: jax.Array, teacher_hidden: jax.Array, teacher_weight: jax.Array):
+        log_q, log_p = jax.nn.log_softmax(hidden @ weight), jax.nn.log_softmax(teacher_hidden @ teacher_weight)
+        return DIVERGENCES[divergence](JAX, log_q, log_p).sum()
+
+    return program
 
 
-def torch_eager(arrays: list[np.ndarray]) -> Callable[[], float]:
+def torch_eager(divergence: str, arrays: list[np.ndarray]) -> Callable[[], float]:
     import torch  # only this comparison needs it
 
+    of = torch_library()
     hidden, weight, teacher_hidden, teacher_weight = (torch.from_numpy(x) for x in arrays)
     hidden.requires_grad_(), weight.requires_grad_()
 
     def run() -> float:
         hidden.grad = weight.grad = None
-        log_q = torch.log_softmax(hidden @ weight, -1)
+        log_q = of.log_softmax(hidden @ weight)
         with torch.no_grad():
-            log_p = torch.log_softmax(teacher_hidden @ teacher_weight, -1)
-        value = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            log_p = of.log_softmax(teacher_hidden @ teacher_weight)
+        value = DIVERGENCES[divergence](of, log_q, log_p).sum()
         value.backward()
         return value.item()
 
     return run
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Seconds and temporary bytes of each program at one shape."""
-    shape = SHAPES[name]
+def inputs(rows: int, vocabulary: int, width: int, teacher_width: int) -> list[np.ndarray]:
+    """Hidden rows and heads of student and teacher, whose logits have a standard deviation of 2."""
     rng = np.random.default_rng(0)
 
     def normal(*size: int) -> np.ndarray:
         return rng.standard_normal(size, dtype=np.float32)
 
-    rows, vocabulary, width, teacher_width = shape.values()
     arrays = [normal(rows, width), normal(width, vocabulary) * np.float32(2 / width**0.5)]
     arrays += [normal(rows, teacher_width), normal(teacher_width, vocabulary) * np.float32(2 / teacher_width**0.5)]
-    programs: dict[str, Callable[[], Any]] = {}
-    result: dict[str, Any] = {"shape": shape}
+    return arrays
+
+
+def measure(
+    divergence: str,
+    shape: dict[str, int],
+    with_torch: bool = True,
+    limit: float = float("inf"),
+    seconds: float = SECONDS,
+) -> dict[str, Any]:
+    """Seconds and bytes of each program at one shape. What XLA plans more than ``limit`` bytes for is not run."""
+    arrays = inputs(**shape)
     placed = [jax.device_put(x) for x in arrays]
-    for program in (fused, naive):
-        compiled = jax.jit(jax.value_and_grad(program, (0, 1))).lower(*placed).compile()
-        programs[program.__name__] = lambda compiled=compiled: float(jax.block_until_ready(compiled(*placed))[0])
-        result[program.__name__] = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
-    if name not in WITHOUT_TORCH:
-        programs["torch"] = torch_eager(arrays)
+    programs: dict[str, Callable[[], float]] = {}
+    result: dict[str, Any] = {"divergence": divergence, "shape": shape, "dtype": "float32"}
+    for name, make in (("fused", fused), ("naive", naive)):
+        compiled = jax.jit(jax.value_and_grad(make(divergence), (0, 1))).lower(*placed).compile()
+        result[name] = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+        if result[name]["temporary_bytes"] <= limit:
+            programs[name] = lambda compiled=compiled: float(jax.block_until_ready(compiled(*placed))[0])
+    if with_torch:
+        programs["torch"] = torch_eager(divergence, arrays)
         result["torch"] = {}
-    seconds: dict[str, list[float]] = {program: [] for program in programs}
-    for repetition in range(REPETITIONS + 1):  # the first warms up
-        for program, run in programs.items():
-            start = time.perf_counter()
-            result[program]["value"] = run()
-            if repetition:
-                seconds[program].append(time.perf_counter() - start)
-    for program, each in seconds.items():
-        result[program] |= spread(each)
-    result["time_ratio"] = result["fused"]["seconds"] / result["naive"]["seconds"]
+    for name, run in programs.items():
+        run()  # warms up
+        result[name]["peak_bytes"] = peak_bytes(lambda name=name, run=run: result[name].update(value=run()))
+    for name, timed in in_turns(programs, seconds=seconds).items():
+        result[name] |= timed
+    values = {name: result[name]["value"] for name in programs}
+    if max(values.values()) - min(values.values()) > AGREE * abs(values["fused"]):
+        raise ArithmeticError(f"{divergence} at {shape}: the programs disagree: {values}")
+    if "naive" in programs:
+        result["time_ratio"] = result["fused"]["seconds"] / result["naive"]["seconds"]
     result["memory_ratio"] = result["fused"]["temporary_bytes"] / result["naive"]["temporary_bytes"]
-    for program in programs:
-        measured = result[program]
-        memory = f"{measured['temporary_bytes'] / 1e6:8.0f} MB" if "temporary_bytes" in measured else " " * 11
-        print(f"{name:7} {program:6} {measured['seconds']:8.3f} s ± {measured['spread']:.0%} {memory}", flush=True)
-    print(f"{name:7} fused / naive: time {result['time_ratio']:.2f}, memory {result['memory_ratio']:.3f}", flush=True)
     return result
+
+
+def show(title: str, result: dict[str, Any]) -> None:
+    ours = result["fused"]
+    for name in ("fused", "naive", "torch"):
+        it = result.get(name, {})
+        if "seconds" in it:
+            ratios = f"fused / it: time {ours['seconds'] / it['seconds']:.2f}, peak memory "
+            ratios += f"{ours['peak_bytes'] / max(1, it['peak_bytes']):.3f}"
+            time, peak = f"{it['seconds']:9.4f} s ± {it['spread']:.0%}", f"{it['peak_bytes'] / 1e6:8.0f} MB"
+            print(f"{title:24} {name:6} {time} {peak}  {ratios}", flush=True)
+    print(f"{title:24} temporary memory {result['memory_ratio']:.3f} of naive", flush=True)
 
 
 def main() -> None:
@@ -107,7 +135,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    record(arguments.out, {name: measure(name) for name in arguments.shapes})
+    results = {}
+    for name in arguments.shapes:
+        results[name] = measure("kl", SHAPES[name], with_torch=name not in WITHOUT_TORCH)
+        show(name, results[name])
+    record(arguments.out, results)
 
 
 if __name__ == "__main__":

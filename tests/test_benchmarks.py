@@ -1,19 +1,144 @@
-"""Does every section of the GPU's benchmark run, and find what it claims, at tiny shapes on a CPU?"""
+"""Do the benchmarks measure what they say? Each in its smallest form; and is the README's table what the files say?"""
 
 import json
+import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import loss_reference
+import numpy as np
 import pytest
 
-from benchmarks import quickstart, trl_gkd
+from benchmarks import divergences, fused_loss, growth, overlap, quickstart, table, timing, transport, trl_gkd
+from benchmarks.lines import LINES
+from benchmarks.naive import DIVERGENCES, JAX, torch_library
 from kdjax.config import load_config
 
 
 def test_benchmarks_ask_for_configurations_that_hold(tmp_path):
-    for more in ((), quickstart.SFT):
+    for more in ((), quickstart.SFT, overlap.OVERRIDES):
         assert load_config(quickstart.CONFIG, quickstart.overrides(tmp_path, 1, 7, *more)).train.steps == 7
     assert load_config(quickstart.CONFIG, trl_gkd.overrides(tmp_path, 7)).distill.kd_ratio == 1.0
+
+
+def test_programs_take_turns_and_a_round_lasts_as_long_as_asked():
+    order = []
+    found = timing.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, seconds=1e-4)
+    shown = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert shown == ["a", "b", "a", "b"]
+    assert found["a"]["calls"] == order.count("a") > 2 and len(found["a"]["repetitions"]) == 2
+    once = timing.in_turns({"a": lambda: None}, rounds=1, seconds=0.0)
+    assert once["a"]["calls"] == 1
+
+
+def test_a_ratio_is_taken_round_by_round():
+    found = timing.quotient([1.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert found == {"ratio": 2.0, "repetitions": [1.0, 2.0, 3.0], "spread": 1.0}
+
+
+def test_peak_memory_is_what_a_call_takes_at_once():
+    def run():
+        for _ in range(2):  # one after the other
+            np.ones(32 * 2**20, np.uint8)
+
+    assert 30 * 2**20 < timing.peak_bytes(run) < 48 * 2**20
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_naive_formulas_are_the_definitions(name):
+    import torch
+
+    rng = np.random.default_rng(3)
+    student, teacher = (rng.normal(0, 2, (6, 40)).astype(np.float32) for _ in range(2))
+    expected = loss_reference.divergence(name, student, teacher)[0]
+    of = torch_library()
+    ours = DIVERGENCES[name](JAX, *(JAX.log_softmax(jnp.asarray(x)) for x in (student, teacher)))
+    theirs = DIVERGENCES[name](of, *(of.log_softmax(torch.from_numpy(x)) for x in (student, teacher)))
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(theirs.numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_the_fused_loss_is_held_against_both_and_agrees():
+    shape = dict(rows=48, vocabulary=300, width=8, teacher_width=12)
+    found = fused_loss.measure("jsd", shape, seconds=0.0)
+    values = [found[name]["value"] for name in ("fused", "naive", "torch")]
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
+    assert found["time_ratio"] > 0 and all(len(found[name]["repetitions"]) == 3 for name in ("fused", "naive", "torch"))
+    planned = fused_loss.measure("jsd", shape, with_torch=False, limit=found["fused"]["temporary_bytes"], seconds=0.0)
+    assert ("seconds" in planned["naive"]) == (planned["naive"]["temporary_bytes"] <= found["fused"]["temporary_bytes"])
+
+
+def test_every_divergence_stands_at_every_vocabulary():
+    found = divergences.cases(list(DIVERGENCES))
+    assert len(found) == len(set(found)) == 9 * 3 + 2 * 3
+
+
+def test_every_way_of_transport_brings_the_rows():
+    found = transport.measure("bfloat16", dict(prompts=3, length=32, width=96), seconds=0.0)
+    assert found["bytes"] == 3 * 32 * 96 * 2
+    assert found["pool"]["copies"] == 1 and found["pool"]["times_the_pool"]["ratio"] == 1
+    assert set(transport.COPIES) < set(found)
+
+
+@pytest.mark.full
+def test_a_step_is_measured_at_each_point_of_an_axis():
+    common = dict(sequence=16, batch=1, vocabulary=64, layers=1)
+    found = growth.along("batch", (1, 2), common, seconds=0.0)
+    assert list(found["points"]) == ["1", "2"] and found["doubled"]["ratio"] > 0
+    assert found["points"]["1"]["state_bytes"] == found["points"]["2"]["state_bytes"] > 0
+
+
+def test_packing_leaves_less_padding():
+    found = growth.padding(rows=120)
+    assert 0 < found["packed"] < found["to_the_longest_of_a_batch"] < found["one_a_row"] < 1
+
+
+def test_an_engine_is_held_to_its_core():
+    script = "import subprocess, sys; subprocess.run(['sleep', '60'], start_new_session=True)"
+    core = min(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", script]) as trainer:
+        try:
+            while not (sessions := overlap.sessions_of(trainer.pid)):
+                assert trainer.poll() is None
+            (engine,) = sessions
+            assert overlap.hold(engine, core) == (len(os.sched_getaffinity(trainer.pid)) > 1)
+            assert os.sched_getaffinity(engine) == {core} and overlap.hold(engine, core) == 0
+        finally:
+            os.killpg(engine, 9)
+
+
+def test_a_table_says_what_was_met_missed_and_not_measured():
+    machine = {
+        "machine": {"cpu": "a CPU", "cores": 2},
+        "versions": {"jax": "0"},
+        "commit": "c",
+        "recorded": "2026-01-01T",
+    }
+    ratio = {"ratio": 1.2, "spread": 0.05, "repetitions": [1.2]}
+    result = machine | {"against_the_slower_alone": ratio, "against_turns": ratio}
+    text = table.table({"overlap": result})
+    assert "| ≤ 1.1 | 1.20, **missed** | 5% | [overlap](benchmarks/results/overlap.json) |" in text
+    assert "- overlap: a CPU, 2 cores; jax 0; commit c, 2026-01-01" in text
+    rows = [row for row in text.splitlines() if row.startswith("| ")]
+    assert sum("not measured" in row for row in rows) == len(rows) - 3
+    result["against_the_slower_alone"] = ratio | {"ratio": 1.08}
+    assert "| **1.08** |" in table.table({"overlap": result})
+    with pytest.raises(KeyError, match="something_new"):
+        table.table({"something_new": machine})
+
+
+def test_the_readme_shows_the_committed_results():
+    results = {path.stem: json.loads(path.read_text()) for path in table.RESULTS.glob("*.json")}
+    shown = table.README.read_text().split(table.MARK)[1].strip()
+    assert shown == table.table(results), "run python -m benchmarks.table"
+    assert set(results) - set(LINES) == {name for name in results if "gpu" in results[name]}
+
+
+@pytest.mark.full
+def test_teacher_and_student_overlap():
+    found = overlap.measure(1, 30)
+    assert found["against_turns"]["ratio"] < 1
 
 
 @pytest.mark.full
