@@ -57,8 +57,8 @@ def test_teacher_rows_stop_the_run_with_document_and_checkpoint(values):
         if self.data.statistics.batches == 4:
             placed = host.documents[2]
             row = lease.starts[placed.shard] + placed.micro * host.batch.rows.shape[-1] + placed.offset
-            width = self.pool.spec.width
-            np.frombuffer(self.pool._memory, np.float32, width, row * self.pool.spec.row_bytes)[0] = np.nan
+            pool = self.engine.pool
+            np.frombuffer(pool._memory, np.float32, pool.spec.width, row * pool.spec.row_bytes)[0] = np.nan
             poisoned.append(placed.document.source)
         return lease, seconds
 

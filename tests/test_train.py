@@ -1,6 +1,7 @@
 """Whole runs from the command line: the real engine, resuming, eight devices, what a person is told."""
 
 import glob
+import os
 import shutil
 import subprocess
 
@@ -126,9 +127,10 @@ def test_another_configuration_is_refused(run_values):
 
 
 def test_the_pool_is_gone_and_the_engine_with_it(run_values):
-    before = set(glob.glob("/dev/shm/*"))  # other tests' engines live on
+    mine = f"/dev/shm/kdjax-*-{os.getpid()}-*"
+    before = set(glob.glob(mine))  # other tests' engines live on
     go(run_values)
-    assert set(glob.glob("/dev/shm/*")) <= before
+    assert set(glob.glob(mine)) <= before
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert run_values["output"] not in listed
 
