@@ -4,8 +4,8 @@
     python -m benchmarks.divergences --only kl jsd
 
 All nine at 512 rows, KL and JSD also at 4,096. Hidden rows are narrow, so that a pass takes seconds and what is
-compared is the work on logits rather than matrix products, which are the same on both sides: the least kind shape to a
-loss that adds up a gradient of the head for each chunk. ``benchmarks.fused_loss`` has a shape as models have it.
+compared is the work on logits rather than matrix products, which are the same on both sides.
+``benchmarks.fused_loss`` has a shape as models have it.
 """
 
 from __future__ import annotations

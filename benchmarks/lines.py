@@ -95,7 +95,7 @@ def _divergence(r: Result, name: str, rows: int) -> Found:
             spreads += [t["spread"] for t in times]
             many = f", {len(timed)} of {len(cases)} vocabularies" if len(timed) < len(cases) else ""
             title = "JAX" if other == "naive" else other
-            parts.append(f"{title}: time {_range([t['ratio'] for t in times])}, memory {_range(peaks)}{many}")
+            parts.append(f"{title}'s time {_range([t['ratio'] for t in times])}, memory {_range(peaks)}{many}")
     return Found("; ".join(parts), None, max(spreads))
 
 
@@ -148,7 +148,7 @@ LINES: dict[str, tuple[Line, ...]] = {
         Line("fused KL, 2,048 rows, V 33k: time of torch", ratio_of(("medium", "fused"), ("medium", "torch"))),
     ),
     "divergences": tuple(
-        Line(f"fused {name}, {rows:,} rows, V 32k to 152k, of", partial(_divergence, name=name, rows=rows))
+        Line(f"fused {name}, {rows:,} rows, V 32k to 152k: share of", partial(_divergence, name=name, rows=rows))
         for rows in (FEW, MANY)
         for name in (DIVERGENCES if rows == FEW else AT_MANY)
     ),
