@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.config import Config, GenerateConfig, load_config
-from kdjax.data.questions import Question
+from kdjax.data.prompts import Prompt
 from kdjax.errors import UserError
 from kdjax.generation.answers import LEFT_OUT, Answer, Answers
 from kdjax.generation.rewards import with_answer
@@ -53,6 +53,7 @@ def generate(config: Config, display: Display | None = None) -> dict[str, Any]:
         journal,
         temperature=1.0,
         reward=config.generate.judge,
+        as_teacher=True,
         replace=False,
     ) as answers:
         answers.write(display, out.with_name(f"{out.stem}.engine.log"))
@@ -76,14 +77,14 @@ def why_dropped(answer: Answer, settings: GenerateConfig, earlier: set[str]) -> 
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def chat_row(prompt: Question, answer: Answer) -> dict[str, Any]:
+def chat_row(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """A row of a chat data set: the student's conversation with this answer, and where both come from."""
     row: dict[str, Any] = {"messages": [*prompt.messages, {"role": "assistant", "content": answer.text}]}
     if prompt.tools:
         row["tools"] = prompt.tools
-    truth = with_answer(prompt.row, prompt.answer).get("answer")
+    truth = with_answer(prompt).get("answer")
     row |= {} if truth is None else {"answer": truth}
-    row |= {"source": prompt.where, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
+    row |= {"source": prompt.source, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
     return row if answer.reward is None else row | {"reward": answer.reward}
 
 

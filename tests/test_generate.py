@@ -279,6 +279,23 @@ def test_a_task_of_ones_own(values, scripted, tmp_path):
         evaluate_task(config, values["teacher"]["path"], "gsm9k")
 
 
+def test_the_teacher_writes_with_its_own_prompt_and_every_model_is_scored_on_the_plain_one(values, scripted, tmp_path):
+    """rewards see the row's last message in both, as they do of rollouts: tests/test_rollout_batches.py"""
+    rows = [{"prompt": f"{i}+1", "hint": f"it is {i + 1}", "response": f"#### {i + 1}"} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def seen(prompt, response, row):\n    return prompt == row['prompt']\n")
+    for side in ("train", "eval"):
+        values["data"][side][0]["teacher_prompt"] = "{prompt} {hint}"
+    engine = scripted(lambda prompt, number: "#### 1")
+    go(values, judge=f"{tmp_path}/mine.py:seen", min_reward=1.0)
+    assert engine.asked == ["0+1 it is 1", "1+1 it is 2"]
+    assert [row["messages"][0]["content"] for row in rows_of(values)] == ["0+1", "1+1"]
+    engine.asked.clear()
+    task = f"{tmp_path}/mine.py:seen"
+    found = evaluate_task(from_dict(values), values["teacher"]["path"], task, display=Display(quiet=True))
+    assert engine.asked == ["0+1", "1+1"] and found["accuracy"] == 1.0
+
+
 def test_a_journal_is_locked_and_knows_its_own(tmp_path):
     path = tmp_path / "a.journal.jsonl"
     journal = Journal(path, {"a": 1})

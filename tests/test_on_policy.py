@@ -11,8 +11,9 @@ from bridge.errors import EngineError
 from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.models import load_model
-from kdjax.rollouts.engines import StudentEngines
+from kdjax.rollouts.engines import StudentEngines, _engine_options
 from kdjax.training.loop import train
+from kdjax.training.metrics import read_metrics
 from kdjax.training.progress import Display
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")
@@ -50,6 +51,7 @@ def test_the_student_learns_from_its_own_words(on_policy_values, tmp_path):
     assert len(metrics(run)) == 12 and np.mean(metrics(run, "kd")[-3:]) < np.mean(metrics(run, "kd")[:3])
     assert max(metrics(run, "rollout/k3")) < 1e-6  # float32 on both sides
     assert metrics(run, "rollout/staleness") == [0.0] * 12
+    assert max(metrics(run, "rollout/hidden")) < 0.05  # in turn: nothing is hidden behind training
     for number, kl in zip(range(1, 13), metrics(run, "rollout/kl"), strict=True):
         written = rollouts(run, number)
         assert {r["version"] for r in written} == {number - 1}
@@ -110,16 +112,23 @@ def test_an_engine_that_dies_changes_nothing(on_policy_values, tmp_path, local_e
     assert [line for line in shown.lines if "the student's engine is started again" in line and call in line]
 
 
-def test_an_engine_that_dies_again_and_again_ends_the_run_with_the_tensor(on_policy_values, monkeypatch):
+def test_an_engine_that_dies_again_and_again_ends_the_run_with_the_tensor_and_it_goes_on(
+    on_policy_values, tmp_path, monkeypatch
+):
     draw = StudentEngines.generate
 
     def always(self, prompts, seeds):
-        self.engines[0].deaths += ["generate"] + 3 * ["weights_bucket"]
+        if self.version == 3:
+            self.engines[0].deaths += ["generate"] + 3 * ["weights_bucket"]
         return draw(self, prompts, seeds)
 
-    monkeypatch.setattr(StudentEngines, "generate", always)
-    with pytest.raises(EngineError, match=r"of step 0 did not reach the student's engine, it broke off at \w+\."):
-        go(on_policy_values)
+    on_policy_values["checkpoint"] |= {"save_every": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(StudentEngines, "generate", always)
+        with pytest.raises(EngineError, match=r"of step 3 did not reach the student's engine, it broke off at \w+\."):
+            go(on_policy_values)
+    assert go(on_policy_values).steps == 6
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_engines_and_turns_give_the_same_run(on_policy_values, tmp_path, local_engines):
@@ -150,6 +159,7 @@ def test_stale_responses_overlap_with_training_and_are_weighed(on_policy_values,
     go(on_policy_values)
     ages = metrics(tmp_path / "run", "rollout/staleness")
     assert set(ages) <= {0.0, 1.0} and sum(ages) >= 3
+    assert max(metrics(tmp_path / "run", "rollout/hidden")) > 0.05
     weights = metrics(tmp_path / "run", "rollout/weight")
     assert all(0.3 < w <= 2.0 for w in weights) and weights[-1] != 1.0
 
@@ -175,6 +185,7 @@ def test_policy_gradient_with_a_reward(on_policy_values, tmp_path):
         ({}, {"top_k": 5}, "cut-off distribution"),
         ({"temperature": 2.0}, {}, "compares at the sampling temperature"),
         ({"on_policy_fraction": 0.0}, {}, "needs rollouts"),
+        ({"on_policy_fraction": 0.5}, {}, "would learn nothing from the rows of the data"),
     ],
 )
 def test_policy_gradient_refuses_what_would_be_wrong(on_policy_values, distill, rollout, message):
@@ -198,3 +209,11 @@ def test_policy_gradient_refuses_what_would_be_wrong(on_policy_values, distill, 
 def test_configurations_that_make_no_sense(on_policy_values, changes, message):
     with pytest.raises(UserError, match=message):
         from_dict(on_policy_values | changes)
+
+
+def test_each_engine_has_gpus_of_its_own(on_policy_values, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for args, first in (({}, 0), ({"base_gpu_id": 4}, 4)):
+        on_policy_values["rollout"] |= {"engine": "sglang", "engines": 2, "tp": 2, "args": args}
+        config = from_dict(on_policy_values)
+        assert [_engine_options(config, number)["base_gpu_id"] for number in range(2)] == [first, first + 2]

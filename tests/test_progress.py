@@ -34,6 +34,15 @@ def test_a_log_gets_plain_lines():
     ]
 
 
+def test_what_ran_beside_the_step_stands_behind_its_seconds():
+    display, out = Display(), io.StringIO()
+    display.console = Console(file=out, highlight=False, soft_wrap=True, width=300)
+    display.step(60, 200, VALUES | {"seconds/sync": 0.04, "seconds/generate": 0.4, "rollout/hidden": 0.75})
+    assert "(waiting 0.10 + transfer 0.02 + student 0.38 + sync 0.04; generate 0.40, 75% hidden; teacher 0.30)" in (
+        out.getvalue()
+    )
+
+
 def test_a_terminal_gets_the_same_lines_and_a_bar():
     out = shown(terminal=True)
     assert "step 60/200  loss 2.5000  kd 2.2500" in out and "eta 0:01:10" in out

@@ -2,8 +2,10 @@
 
 from decimal import Decimal
 
+import numpy as np
 import pytest
 
+from kdjax.data import Prompt
 from kdjax.errors import UserError
 from kdjax.generation.rewards import final_number, find_reward, register_reward, score, with_answer
 
@@ -127,8 +129,8 @@ def test_a_reward_of_ones_own(tmp_path):
 @pytest.mark.parametrize("value", [None, "right", float("nan"), float("inf")])
 def test_a_reward_must_be_a_finite_number(value):
     with pytest.raises(UserError, match="broken.*finite"):
-        score(broken(value), "", "", {})
-    assert score(broken(True), "", "", {}) == 1.0
+        score(broken(value), prompt({}), "")
+    assert score(broken(True), prompt({}), "") == 1.0
 
 
 def broken(value):
@@ -138,8 +140,12 @@ def broken(value):
     return broken
 
 
+def prompt(row, answer=None):
+    return Prompt(np.array([5], np.int32), None, ({"role": "user", "content": "Which?"},), answer, row, "rows:1")
+
+
 def test_the_answer_is_the_rows_own_column_or_the_reference():
-    assert with_answer({"q": 1}, "the response") == {"q": 1, "answer": "the response"}
-    assert with_answer({"answer": "B"}, "worked out: B") == {"answer": "B"}
-    assert with_answer({"answer": None}, "B") == {"answer": "B"}
-    assert with_answer({"q": 1}, None) == {"q": 1}
+    assert with_answer(prompt({"q": 1}, "the response")) == {"q": 1, "answer": "the response"}
+    assert with_answer(prompt({"answer": "B"}, "worked out: B")) == {"answer": "B"}
+    assert with_answer(prompt({"answer": None}, "B")) == {"answer": "B"}
+    assert with_answer(prompt({"q": 1})) == {"q": 1}

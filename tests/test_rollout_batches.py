@@ -8,7 +8,7 @@ from data_tools import config as data_config, plain, write_pairs
 
 from bridge.engine import Completion
 from kdjax.config import SourceConfig, from_dict
-from kdjax.data import Fault, Prompt, Prompts, collate
+from kdjax.data import EndlessPrompts, Fault, Prompt, collate
 from kdjax.errors import UserError
 from kdjax.rollouts.log import Rollout, describe, distinct
 from kdjax.rollouts.stream import RolloutStream, advantages_of, rollout_document
@@ -101,7 +101,7 @@ def test_what_is_said_about_a_step():
 
 def test_a_prompt_is_the_conversation_up_to_the_answer(tmp_path):
     path = write_pairs(tmp_path / "rows.jsonl", 6)
-    prompts = Prompts(data_config(path, shuffle=False), plain(), seed=0)
+    prompts = EndlessPrompts(data_config(path, shuffle=False), plain(), seed=0)
     for index in (0, 5, 6):  # the data come again and again
         found = prompts[index]
         (document,) = found.documents
@@ -109,18 +109,18 @@ def test_a_prompt_is_the_conversation_up_to_the_answer(tmp_path):
         assert np.flatnonzero(document.loss)[0] == len(found.ids)
         assert found.source == f"{path}:{index % 6 + 1}"
         assert plain().decode(found.ids).endswith("<|im_start|>assistant\n")
-        assert found.reference.startswith(f"{index % 6} so")
+        assert found.answer.startswith(f"{index % 6} so")
 
 
 def test_prompts_alone_and_a_teachers_own_prompt(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "say 1", "hint": "it is {one}"}))
     source = SourceConfig(path=str(path), teacher_prompt="{prompt}\n{hint}")
-    found = Prompts(data_config(source), plain(), seed=0)[0]
-    assert found.documents == () and found.reference is None
+    found = EndlessPrompts(data_config(source), plain(), seed=0)[0]
+    assert found.documents == () and found.answer is None
     assert "say 1\nit is {one}" in plain().decode(found.teacher_ids)
     assert "it is" not in plain().decode(found.ids)
-    wrong = Prompts(data_config(SourceConfig(path=str(path), teacher_prompt="{answer}")), plain(), seed=0)[0]
+    wrong = EndlessPrompts(data_config(SourceConfig(path=str(path), teacher_prompt="{answer}")), plain(), seed=0)[0]
     assert isinstance(wrong, Fault) and "names the column 'answer'; the columns are prompt, hint" in wrong.text
 
 
@@ -129,14 +129,13 @@ def test_prompts_alone_and_a_teachers_own_prompt(tmp_path):
     [
         ({"prompt": "  "}, "the prompt is empty"),
         ({"messages": [{"role": "assistant", "content": "hello"}]}, "no message comes before the assistant's"),
-        ({"text": "once upon a time"}, "plain text has no prompt"),
         ({"prompt": 3}, "holds a number"),
     ],
 )
 def test_what_is_no_prompt(tmp_path, row, reason):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
-    found = Prompts(data_config(path), plain(), seed=0)[0]
+    found = EndlessPrompts(data_config(path), plain(), seed=0)[0]
     assert isinstance(found, Fault) and found.text.startswith(f"{path}:1: ") and reason in found.text
 
 
@@ -144,7 +143,7 @@ class Parrot:
     """Engines that answer with the seed's digits; what they were asked is remembered."""
 
     def __init__(self):
-        self.asked, self.notes, self.version = [], [], 0
+        self.asked, self.notes, self.version, self.stop_ids = [], [], 0, {END}
 
     def wait_for(self, version):
         assert version <= self.version
@@ -157,7 +156,7 @@ class Parrot:
         pass
 
 
-def source(tmp_path, rows=12, batch=2, **groups):
+def source(tmp_path, rows=12, batch=2, accumulate=1, **groups):
     path = tmp_path / "rows.jsonl"
     tmp_path.mkdir(exist_ok=True)
     if not path.exists():
@@ -168,13 +167,34 @@ def source(tmp_path, rows=12, batch=2, **groups):
     values["rollout"] = {"max_new_tokens": 16, "max_staleness": 99}
     for name, entries in groups.items():
         values[name] = values.get(name, {}) | entries
-    made = RolloutStream(from_dict(values), plain(), batch=batch, accumulate=1, shards=1, vocab_size=4096)
+    made = RolloutStream(from_dict(values), plain(), batch=batch, accumulate=accumulate, shards=1, vocab_size=4096)
     made.engines = Parrot()
     return made
 
 
 def responses(host):
     return {(p.document.source, tuple(p.document.labels.tolist())) for p in host.documents}
+
+
+REWARD = """
+def seen(prompt, response, row):
+    with open(__file__ + ".seen", "a") as file:
+        print(prompt, response, row["answer"], row["tag"], sep="|", file=file)
+    return 1.0
+"""
+
+
+def test_a_reward_sees_the_last_message_the_response_and_the_row(tmp_path):
+    """the same here as where answers are written and scored: tests/test_generate.py has the other half"""
+    (tmp_path / "mine.py").write_text(REWARD)
+    turns = [("system", "Count."), ("user", "2 + 2?"), ("assistant", "4"), ("user", "and 3?"), ("assistant", "7")]
+    row = {"messages": [{"role": r, "content": c} for r, c in turns], "tag": "x"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    made = source(tmp_path, rollout={"reward": f"{tmp_path}/mine.py:seen", "baseline": "none", "prompts": 1})
+    ids = plain().encode("it is 7 .", add_special_tokens=False)
+    made.engines.generate = lambda prompts, seeds: [completion([*ids, END])]
+    next(made)
+    assert (tmp_path / "mine.py.seen").read_text() == "and 3?|it is 7 .|7|x\n"
 
 
 def test_resuming_within_an_epoch_asks_the_same_prompts_with_the_same_seeds(tmp_path):
@@ -254,6 +274,43 @@ def test_long_prompts_are_skipped_and_counted_or_refused(tmp_path):
         next(source(tmp_path, data={"shuffle": False, "max_len": 40}, rollout={"on_long_prompt": "stop"}))
     with pytest.raises(UserError, match="none of the 4 rows is a prompt to train on: .* 4 too long"):
         next(source(tmp_path, data={"max_len": 20}))
+
+
+def test_few_good_rows_among_bad_ones_fill_a_step(tmp_path):
+    """more bad rows in a step than there are in an epoch, since the few good ones come again and again"""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in (" ", "say 2", " ", " ")))
+    made = source(tmp_path, data={"shuffle": False}, rollout={"prompts": 4})
+    host = next(made)
+    assert {p.document.source for p in host.documents} == {f"{path}:2"} and len(host.documents) == 4
+    assert made.statistics.skipped >= 9
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    made = source(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rollouts").write_text("in the way")
+    with pytest.raises(UserError, match=r"step_000001.jsonl: cannot be written \("):
+        next(made)
+
+
+@pytest.mark.parametrize(("prompts", "micro"), [(4, 1), (5, 2), (9, 4)])
+def test_micro_batches_that_no_response_needs_are_left_out(tmp_path, prompts, micro):
+    """room is kept for 40 tokens a response, and five are written: several to a row, and few rows"""
+    made = source(
+        tmp_path,
+        rows=40,
+        batch=2,
+        accumulate=12,
+        rollout={"prompts": prompts, "max_new_tokens": 40},
+        data={"max_len": 60},
+    )
+    host = next(made)
+    assert host.batch.tokens.shape == (micro, 2, 60)
+    assert len(host.documents) == prompts and host.loss_tokens == 5 * prompts
+    for p in host.documents:
+        ids = host.batch.tokens[p.micro, p.row, p.start : p.start + len(p.document)]
+        assert ids.tolist() == p.document.ids.tolist()
 
 
 def test_what_does_not_fit_a_step_is_refused(tmp_path):

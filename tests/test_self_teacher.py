@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from run_tools import Watcher
 
 from kdjax.algorithms import make_algorithm
 from kdjax.config import from_dict
@@ -42,7 +43,7 @@ def flat(params):
 
 
 def test_the_average_is_what_it_should_be_in_the_engine_and_in_the_step(values, tmp_path):
-    config = from_dict(values)
+    config = from_dict(values | {"mesh": {"data": 1, "fsdp": 2}})
     with Stream(config, log=tmp_path / "engine.log") as stream:
         model = make_student(config, stream.mesh)
         algorithm = make_algorithm(config, model, stream.teachers)
@@ -57,6 +58,8 @@ def test_the_average_is_what_it_should_be_in_the_engine_and_in_the_step(values, 
                 expected = [DECAY * e + (1 - DECAY) * s for e, s in zip(expected, history[-1], strict=True)]
         teacher = stream.self_teacher
         assert teacher.version == 4
+        layouts = [jax.tree.map(lambda x: x.sharding, t) for t in (teacher.params, step.state["params"]["student"])]
+        assert layouts[0] == layouts[1] and not jax.tree.leaves(layouts[0])[0].is_fully_replicated
         for mine, wanted in zip(flat(teacher.params), expected, strict=True):
             np.testing.assert_allclose(mine, wanted, atol=1e-6)
         assert max(np.abs(a - b).max() for a, b in zip(flat(teacher.params), history[-1], strict=True)) > 1e-4
@@ -76,19 +79,22 @@ def losses(folder):
     return [record["loss"] for record in records(folder) if "loss" in record]
 
 
-def test_interrupted_equals_uninterrupted_to_the_bit_and_both_are_exported(values, tmp_path):
+def test_interrupted_equals_uninterrupted_to_the_bit_and_both_are_exported(values, tmp_path, local_engines):
     values["checkpoint"] |= {"save_every": 1, "keep": 9, "export_teacher": True}
     whole = go(values, output=str(tmp_path / "whole"))
     cut = tmp_path / "cut"
-    go(values, output=str(cut))
-    for step in (4, 5, 6):  # the teacher of step 3 is neither the student of then nor of now
-        shutil.rmtree(cut / "checkpoints" / str(step))
-    shutil.rmtree(cut / "export")
-    go(values, output=str(cut))
-    assert losses(tmp_path / "whole") == losses(cut)
-    teachers = [flat(load_model(folder / "export_teacher")) for folder in (tmp_path / "whole", cut)]
+    dies = Watcher({3: lambda: local_engines[-1].deaths.append("weights_bucket")})  # with new weights in its hands
+    train(from_dict(values | {"output": str(cut)}), dies)
+    assert local_engines[-1].starts == 2 and losses(tmp_path / "whole") == losses(cut)
+    for last in (4, 3):  # at step 4 the teacher is about to learn, at step 3 it is neither student of then nor of now
+        for step in range(last + 1, 7):
+            shutil.rmtree(cut / "checkpoints" / str(step))
+        shutil.rmtree(cut / "export")
+        go(values, output=str(cut))
+        assert losses(tmp_path / "whole") == losses(cut)
+        teachers = [flat(load_model(folder / "export_teacher")) for folder in (tmp_path / "whole", cut)]
+        assert all(np.array_equal(a, b) for a, b in zip(*teachers, strict=True))
     students = flat(load_model(whole.export))
-    assert all(np.array_equal(a, b) for a, b in zip(*teachers, strict=True))
     assert max(np.abs(a - b).max() for a, b in zip(teachers[0], students, strict=True)) > 1e-4
 
 

@@ -2,24 +2,37 @@
 
 import pytest
 
+from bridge.errors import EngineError
 from kdjax.rollouts.turns import Turns
 
 
 class Engine:
+    """``fails`` is what its next call does to it: "dies" or "refuses"."""
+
     def __init__(self, name, log):
-        self.name, self.log = name, log
+        self.name, self.log, self.pid, self.fails = name, log, 1, None
 
     def sleep(self, tags):
-        self.log.append(f"{self.name} sleeps: {' '.join(tags)}")
+        self._do(f"{self.name} sleeps: {' '.join(tags)}")
 
     def wake(self, tags):
-        self.log.append(f"{self.name} wakes: {' '.join(tags)}")
+        self._do(f"{self.name} wakes: {' '.join(tags)}")
+
+    def _do(self, what):
+        if self.fails:
+            self.pid = None if self.fails == "dies" else 1
+            self.fails = None
+            raise EngineError(what)
+        self.log.append(what)
 
 
 def made(**kept):
     log = []
     student, teacher = Engine("student", log), Engine("teacher", log)
-    return Turns({"student": [student], "teacher": [teacher]}, kept), log, student
+    turns = Turns(kept)
+    turns.join("teacher", [teacher])
+    turns.join("student", [student])
+    return turns, log, student
 
 
 def entered(turns, log, phase):
@@ -30,7 +43,7 @@ def entered(turns, log, phase):
 
 def test_a_step_goes_round_and_nobody_is_awake_with_another():
     turns, log, _ = made()
-    assert entered(turns, log, "train") == ["student sleeps: kv_cache weights", "teacher sleeps: kv_cache weights"]
+    assert log == ["teacher sleeps: kv_cache weights", "student sleeps: kv_cache weights"]
     for _ in range(2):
         assert entered(turns, log, "sync") == ["student wakes: weights"]
         assert entered(turns, log, "generate") == ["student wakes: kv_cache"]
@@ -40,7 +53,6 @@ def test_a_step_goes_round_and_nobody_is_awake_with_another():
 
 def test_a_teacher_that_is_an_earlier_self_gets_its_weights_alone_first():
     turns, log, _ = made()
-    turns.enter("train")
     turns.enter("sync")
     assert entered(turns, log, "renew") == ["student sleeps: weights", "teacher wakes: weights"]
     assert entered(turns, log, "prefill") == ["teacher wakes: kv_cache"]
@@ -48,22 +60,45 @@ def test_a_teacher_that_is_an_earlier_self_gets_its_weights_alone_first():
 
 def test_what_is_kept_stays():
     turns, log, _ = made(teacher=("weights",))
-    assert entered(turns, log, "train") == ["student sleeps: kv_cache weights", "teacher sleeps: kv_cache"]
+    assert log == ["teacher sleeps: kv_cache", "student sleeps: kv_cache weights"]
     assert entered(turns, log, "prefill") == ["teacher wakes: kv_cache"]
 
 
 def test_an_engine_that_was_started_again_is_put_back_to_where_it_was():
     turns, log, student = made()
-    turns.enter("train")
     turns.enter("sync")
     log.clear()
     turns.restarted(student)
     assert log == ["student sleeps: kv_cache"]
 
 
+def test_the_dead_are_passed_over_until_they_are_started_again():
+    turns, log, student = made()
+    student.fails = "dies"  # while it is to wake
+    assert entered(turns, log, "sync") == []
+    assert entered(turns, log, "generate") == []
+    assert entered(turns, log, "prefill") == ["teacher wakes: kv_cache weights"]
+    student.pid = 1
+    turns.restarted(student)
+    assert log[1:] == ["student sleeps: kv_cache weights"]
+    assert entered(turns, log, "train") == ["teacher sleeps: kv_cache weights"]
+    assert entered(turns, log, "generate") == ["student wakes: kv_cache weights"]
+
+
+def test_a_call_that_fails_leaves_the_others_where_they_are():
+    """asked again, nobody sleeps twice and nobody wakes twice"""
+    turns, log, student = made()
+    turns.enter("generate")
+    turns.enter("prefill")
+    student.fails = "refuses"
+    turns.enter("train")
+    with pytest.raises(EngineError, match="student wakes"):
+        turns.enter("generate")
+    assert entered(turns, log, "generate") == ["student wakes: kv_cache weights"]
+
+
 def test_no_phase_is_entered_out_of_order():
     turns, _, _ = made()
-    turns.enter("train")
     turns.enter("prefill")
     with pytest.raises(ValueError, match="generate cannot follow prefill"):
         turns.enter("generate")
@@ -79,8 +114,10 @@ def test_without_engines_there_are_no_turns():
 def test_one_engine_in_both_roles_stays_awake_between_them():
     log = []
     both = Engine("it", log)
-    turns = Turns({"student": [both], "teacher": [both]})
-    assert entered(turns, log, "train") == ["it sleeps: kv_cache weights"]
+    turns = Turns()
+    turns.join("teacher", [both])
+    turns.join("student", [both])
+    assert log == ["it sleeps: kv_cache weights"]
     assert entered(turns, log, "sync") == ["it wakes: weights"]
     assert entered(turns, log, "generate") == ["it wakes: kv_cache"]
     assert entered(turns, log, "prefill") == []

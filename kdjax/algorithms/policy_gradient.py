@@ -90,6 +90,12 @@ def _check(config: Config, signal: str, others: dict[str, Any]) -> None:
         raise UserError(f"distill.algorithm_args.signal={signal}: policy_gradient knows {', '.join(SIGNALS)}")
     if not config.distill.on_policy_fraction:
         raise UserError("distill.algorithm=policy_gradient needs rollouts: set distill.on_policy_fraction above 0")
+    if config.distill.on_policy_fraction < 1 and config.distill.kd_ratio == 1:
+        raise UserError(
+            "distill.algorithm=policy_gradient with kd_ratio=1 would learn nothing from the rows of the data that "
+            "on_policy_fraction mixes in: they carry (1 - kd_ratio) of cross-entropy alone; lower distill.kd_ratio, or "
+            "set distill.on_policy_fraction=1"
+        )
     rollout = config.rollout
     if rollout.top_p < 1 or rollout.top_k:
         raise UserError(

@@ -1,7 +1,7 @@
 """from rows in files to static batches: formats, chat templates, packing and the resumable stream."""
 
 from kdjax.data.batch import Batch, Document, HostBatch, Placed, bucket, collate
-from kdjax.data.prompts import Fault, Prompt, Prompts
+from kdjax.data.prompts import EndlessPrompts, Fault, Prompt, Prompts, response_text
 from kdjax.data.stream import DataStream, Statistics, eval_batches
 from kdjax.data.template import Encoder
 from kdjax.data.vocabulary import VocabularyMatch, compare_vocabularies, load_tokenizer, valid_ids
@@ -11,6 +11,7 @@ __all__ = [
     "DataStream",
     "Document",
     "Encoder",
+    "EndlessPrompts",
     "Fault",
     "HostBatch",
     "Placed",
@@ -23,5 +24,6 @@ __all__ = [
     "compare_vocabularies",
     "eval_batches",
     "load_tokenizer",
+    "response_text",
     "valid_ids",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,8 @@ def open_sources(
     max_len: int,
     vocab_size: int | None,
     seed: int,
-    prepare: Callable[..., Callable[[int], Any]] = Prepare,
 ) -> list[grain.MapDataset]:
-    """Each source as a grain dataset of what ``prepare`` makes of its rows, in file order.
+    """Each source as a grain dataset of what ``Prepare`` makes of its rows, in file order.
 
     Raises UserError for one that cannot be read.
     """
@@ -108,7 +107,7 @@ def open_sources(
     opened = []
     for source in sources:
         rows, reader = open_source(source, data)
-        made = prepare(rows, reader, encoder, data, max_len, vocab_size)
+        made = Prepare(rows, reader, encoder, data, max_len, vocab_size)
         opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(made))
     return opened
 

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bridge.checkpoint import read_facts
@@ -23,11 +24,11 @@ from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config, SourceConfig
 from kdjax.data.formats import RowError
-from kdjax.data.questions import Question, Questions
+from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
 from kdjax.errors import UserError
 from kdjax.generation.journal import Journal
-from kdjax.generation.rewards import find_reward, score, with_answer
+from kdjax.generation.rewards import find_reward, score
 from kdjax.models import resolve
 from kdjax.training.interrupt import Interrupt
 from kdjax.training.progress import Display
@@ -60,6 +61,7 @@ class Answers:
         model: a Hugging Face folder or hub id; its own tokenizer and chat template are used.
         temperature: where ``generate.temperature`` is not set.
         reward: name of a reward that every answer gets, or None.
+        as_teacher: where a row has a prompt of the teacher's own, ask that one.
         replace: start anew over answers of other settings, which are refused otherwise; ``overwrite`` always does.
 
     Iterating gives ``(prompt, answers)`` in the order of the rows; for a prompt that was left out ``(None, why)``.
@@ -75,16 +77,17 @@ class Answers:
         *,
         temperature: float,
         reward: str | None,
+        as_teacher: bool,
         replace: bool,
     ):
         self.config, settings = config, config.generate
         self._reward = None if reward is None else find_reward(reward)
-        self._is_teacher = model == config.teacher.path
+        self._is_teacher, self._as_teacher = model == config.teacher.path, as_teacher
         self.folder = resolve(model).resolve()
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{model}: no model in this folder (config.json is missing)")
         self.tokenizer = load_tokenizer(self.folder)
-        self.questions = Questions(sources, config.data, self.tokenizer)
+        self.prompts = Prompts(sources, config.data, self.tokenizer)
         self._limit = _prompt_limit(config, self.folder)
         end = self.tokenizer.eos_token_id
         self.sampling = Sampling(
@@ -103,7 +106,7 @@ class Answers:
             "generate.batch_size": settings.batch_size,
             "generate.prompt_max_len": self._limit,
             "sources": [asdict(source) for source in sources],
-            "rows": len(self.questions),
+            "rows": len(self.prompts),
             "reward": None if reward is None else [reward, _file_digest(reward)],
         }
         self.journal = Journal(journal, written_under, replace=replace, fresh=config.overwrite)
@@ -111,7 +114,7 @@ class Answers:
 
     @property
     def complete(self) -> bool:
-        return self.journal.lines * self.config.generate.batch_size >= len(self.questions)
+        return self.journal.lines * self.config.generate.batch_size >= len(self.prompts)
 
     def write(self, display: Display, log: Path) -> None:
         """Have an engine answer what is not answered yet, batch by batch; ``log`` takes what the engine prints.
@@ -125,22 +128,22 @@ class Answers:
                 engine.wait_ready()
             with (
                 Interrupt(display.line, lambda: engine.kill()) as interrupt,
-                _Progress(display, len(self.questions), self._done) as progress,
+                _Progress(display, len(self.prompts), self._done) as progress,
             ):
                 while not self.complete:
                     if interrupt.asked:
                         raise UserError(
-                            f"{interrupt.asked}: {self._done} of {len(self.questions)} prompts are answered; "
+                            f"{interrupt.asked}: {self._done} of {len(self.prompts)} prompts are answered; "
                             f"run the same command again to go on"
                         )
                     self._write_batch(engine, progress, display)
         self.seconds, self.tokens = progress.seconds, progress.tokens
 
-    def __iter__(self) -> Iterator[tuple[Question | None, Entry]]:
+    def __iter__(self) -> Iterator[tuple[Prompt | None, Entry]]:
         for number, line in enumerate(self.journal):
             batch = self._batch(number)
-            if line["prompts"] != _digest(batch):
-                first = self.questions.where(number * self.config.generate.batch_size)
+            if line["prompts"] != self._digest(batch):
+                first = self.prompts.where(number * self.config.generate.batch_size)
                 raise UserError(
                     f"{self.journal.path}: the prompts from {first} on have changed since they were answered; put them "
                     f"back, or start anew with overwrite=true"
@@ -162,21 +165,32 @@ class Answers:
 
     @property
     def _done(self) -> int:
-        return min(self.journal.lines * self.config.generate.batch_size, len(self.questions))
+        return min(self.journal.lines * self.config.generate.batch_size, len(self.prompts))
 
-    def _batch(self, number: int) -> list[Question | str]:
+    def _batch(self, number: int) -> list[Prompt | str]:
         size = self.config.generate.batch_size
-        return [self._question(i) for i in range(number * size, min((number + 1) * size, len(self.questions)))]
+        return [self._prompt(i) for i in range(number * size, min((number + 1) * size, len(self.prompts)))]
 
-    def _question(self, index: int) -> Question | str:
+    def _prompt(self, index: int) -> Prompt | str:
         try:
-            prompt = self.questions[index]
+            prompt = self.prompts[index]
         except RowError as error:
             if self.config.data.on_bad_row == "stop":
-                where = self.questions.where(index)
+                where = self.prompts.where(index)
                 raise UserError(f"{where}: {error}; mend the row, or set data.on_bad_row: skip") from None
             return "bad"
-        return prompt if self._limit is None or len(prompt.ids) <= self._limit else "long"
+        return prompt if self._limit is None or len(self._ids(prompt)) <= self._limit else "long"
+
+    def _digest(self, batch: Sequence[Prompt | str]) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for prompt in batch:
+            digest.update(prompt.encode() if isinstance(prompt, str) else self._ids(prompt).tobytes())
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+    def _ids(self, prompt: Prompt) -> Int32[np.ndarray, " T"]:
+        """What is asked."""
+        return prompt.teacher_ids if self._as_teacher and prompt.teacher_ids is not None else prompt.ids
 
     def _engine(self, log: Path) -> RemoteEngine:
         """The engine that ``teacher`` describes, with this model in it; ids without a token are never sampled."""
@@ -208,15 +222,15 @@ class Answers:
             else:
                 entries.append([self._answer(prompt, next(completions)) for _ in range(self.sampling.n)])
         plain = [entry if isinstance(entry, str) else [asdict(answer) for answer in entry] for entry in entries]
-        self.journal.append({"prompts": _digest(batch), "answers": plain})
+        self.journal.append({"prompts": self._digest(batch), "answers": plain})
         progress.add(entries)
 
-    def _complete(self, engine: Any, asked: list[Question], number: int, display: Display) -> list[Completion]:
+    def _complete(self, engine: Any, asked: list[Prompt], number: int, display: Display) -> list[Completion]:
         seed = int(np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)[0])
         sampling = Sampling(**{**asdict(self.sampling), "seed": seed})
         for start in range(1, ENGINE_STARTS + 1):
             try:
-                return engine.generate([prompt.ids for prompt in asked], sampling)
+                return engine.generate([self._ids(prompt) for prompt in asked], sampling)
             except ValueError as error:
                 raise UserError(f"the engine refuses a prompt: {error}; see generate.prompt_max_len") from None
             except EngineError as error:
@@ -226,14 +240,9 @@ class Answers:
                 engine.restart()
         raise AssertionError("the last start returns or raises")
 
-    def _answer(self, prompt: Question, completion: Completion) -> Answer:
-        ids = completion.ids
-        if completion.finish_reason == "stop" and int(ids[-1]) in self._ends:
-            ids = ids[:-1]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        reward = None
-        if self._reward is not None:
-            reward = score(self._reward, prompt.text, text, with_answer(prompt.row, prompt.answer))
+    def _answer(self, prompt: Prompt, completion: Completion) -> Answer:
+        text = response_text(self.tokenizer, completion.ids, self._ends)
+        reward = None if self._reward is None else score(self._reward, prompt, text)
         return Answer(text, len(completion.ids), completion.finish_reason, reward)
 
 
@@ -254,14 +263,6 @@ def _file_digest(reward: str) -> str | None:
     """Of the file that a reward is written in, if it is a user's own: changed, it may score otherwise."""
     file = Path(reward.rpartition(":")[0])
     return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.suffix == ".py" else None
-
-
-def _digest(batch: Sequence[Question | str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in batch:
-        digest.update(prompt.encode() if isinstance(prompt, str) else prompt.ids.tobytes())
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def _prompt_limit(config: Config, folder: Path) -> int | None:

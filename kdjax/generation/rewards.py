@@ -1,7 +1,8 @@
 """How good is an answer? Task rewards by name: the built-in ones, those a user registers, and ``path/my.py:function``.
 
-A reward is ``reward(prompt, response, row) -> float``: the prompt and the response as text, and the row of the data set
-with ``row["answer"]`` holding what is right (see ``with_answer``). 1.0 is right and 0.0 wrong in all that ship here.
+A reward is ``reward(prompt, response, row) -> float``: the message that is answered and the response, both as text, and
+the row of the data set with ``row["answer"]`` holding what is right (see ``with_answer``). 1.0 is right and 0.0 wrong
+in all that ship here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
+from kdjax.data.prompts import Prompt
 from kdjax.errors import UserError
 from kdjax.registry import Registry
 
@@ -31,9 +33,13 @@ def find_reward(name: str) -> Reward:
     return _REGISTRY.get(name)
 
 
-def score(reward: Reward, prompt: str, response: str, row: Mapping[str, Any]) -> float:
-    """``reward``'s value as a finite float. Raises UserError when it returns anything else."""
-    value = reward(prompt, response, row)
+def score(reward: Reward, prompt: Prompt, response: str) -> float:
+    """``reward``'s value of a response, as a finite float. Raises UserError when it returns anything else.
+
+    The one place where rewards are called: whoever asks, they see the prompt's last message, the response without its
+    end token, and the row.
+    """
+    value = reward(prompt.text, response, with_answer(prompt))
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -44,9 +50,10 @@ def score(reward: Reward, prompt: str, response: str, row: Mapping[str, Any]) ->
     return number
 
 
-def with_answer(row: Mapping[str, Any], reference: str | None) -> dict[str, Any]:
-    """The row as rewards see it: its own ``answer`` column, or else the data set's reference response as ``answer``."""
-    return dict(row) if reference is None or row.get("answer") is not None else {**row, "answer": reference}
+def with_answer(prompt: Prompt) -> dict[str, Any]:
+    """The row as rewards see it: its own ``answer`` column, or else the assistant's turn in it as ``answer``."""
+    row = prompt.row
+    return dict(row) if prompt.answer is None or row.get("answer") is not None else {**row, "answer": prompt.answer}
 
 
 @register_reward("gsm8k")

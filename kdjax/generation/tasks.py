@@ -41,6 +41,7 @@ def evaluate_task(
         out.with_name(f"{out.stem}.journal.jsonl"),
         temperature=0.0,
         reward=task,
+        as_teacher=False,
         replace=True,
     ) as answers:
         answers.write(display or Display(), out.with_name(f"{out.stem}.engine.log"))
@@ -57,10 +58,10 @@ def _score(answers: Answers, task: str, out: Path) -> dict[str, Any]:
             if prompt is None:
                 left_out[entry] += 1
                 continue
-            truth = with_answer(prompt.row, prompt.answer).get("answer")
+            truth = with_answer(prompt).get("answer")
             for answer in entry:
                 row = {"prompt": prompt.text, "response": answer.text, "answer": truth, "reward": answer.reward}
-                row |= {"finish_reason": answer.finish_reason, "tokens": answer.tokens, "source": prompt.where}
+                row |= {"finish_reason": answer.finish_reason, "tokens": answer.tokens, "source": prompt.source}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 unfinished += answer.finish_reason == "length"
                 tokens += answer.tokens

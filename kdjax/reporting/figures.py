@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from kdjax.reporting.record import RunRecord
+from kdjax.reporting.record import STEP_PARTS, RunRecord
 
 # Told apart by the colour-blind too, and legible on white as on near-black.
 COLOURS = ["#3b7fc4", "#e07b39", "#2f9e77", "#a06bc4", "#c4a000", "#c74a5b"]
@@ -178,11 +178,12 @@ def _step_time(run: RunRecord, axes: Axes) -> bool:
     axes.set_xlabel("step")
     records = [record for record in run.training if "seconds/student" in record]
     steps = [record["step"] for record in records]
-    names = ("student", "waiting", "transfer")
-    parts = [[record[f"seconds/{name}"] for record in records] for name in names]
+    names = [name for name in STEP_PARTS if any(f"seconds/{name}" in record for record in records)]
+    parts = [[record.get(f"seconds/{name}", 0.0) for record in records] for name in names]
     if len(steps) > 1:
-        axes.stackplot(steps, parts, labels=names, colors=(BLUE, ORANGE, PURPLE), alpha=0.75, linewidth=0)
+        axes.stackplot(steps, parts, labels=names, colors=(BLUE, ORANGE, PURPLE, GREY), alpha=0.75, linewidth=0)
         _lines(run, axes, {"seconds/teacher": "teacher, alongside"}, color=GREEN, linestyle="--")
+        _lines(run, axes, {"seconds/generate": "generation, alongside"}, color=GREEN, linestyle=":")
         axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend above what is filled
         axes.legend(loc="upper left", ncols=2, handlelength=1.4, columnspacing=1.2)
     return len(steps) > 1

@@ -18,6 +18,8 @@ from kdjax.training.metrics import FILE, read_metrics
 from kdjax.training.progress import NOT_PARTS
 
 Series = tuple[list[int], list[float]]
+STEP_PARTS = ("student", "waiting", "transfer", "sync")
+"""What a step's seconds are made of, as ``seconds/NAME``; `sync` only where weights go to engines."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ class RunRecord:
         before = 0
         for record in self.training:
             steps, before = int(record["step"]) - before, int(record["step"])
-            for name in ("student", "waiting", "transfer"):
-                spent[f"steps: {name}"] += steps * record.get(f"seconds/{name}", 0.0)
+            for name in STEP_PARTS:
+                if f"seconds/{name}" in record:
+                    spent[f"steps: {name}"] += steps * record[f"seconds/{name}"]
         for record in self.records:
             for name, value in record.items():
                 if name.startswith("stage/"):

@@ -17,6 +17,7 @@ from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
+from kdjax.errors import UserError
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import HostTensors
 from kdjax.training.student import export_student
@@ -71,7 +72,7 @@ class StudentEngines:
                         dtype=self.dtype,
                         banned_ids=banned_ids,
                         threads=rollout.threads,
-                        options=_engine_options(config),
+                        options=_engine_options(config, number),
                         start_timeout=rollout.start_timeout,
                         call_timeout=rollout.timeout,
                         wait=False,
@@ -103,6 +104,11 @@ class StudentEngines:
         Raises EngineError that names the tensor where it broke off.
         """
         self.turns.enter("sync")
+        self.notes += [
+            f"the student's engine is started again: it was found dead (log: {engine.log})"
+            for engine in self.engines
+            if engine.pid is None
+        ]
         with self._turn:
             version = min([self._send(engine) for engine in self.engines])
         with self._changed:
@@ -153,13 +159,17 @@ class StudentEngines:
         while True:
             try:
                 return engine.generate(prompts, sampling)
+            except ValueError as error:
+                raise UserError(f"rollout: the student's engine refuses a prompt: {error}; see data.max_len") from None
             except EngineError as error:
                 restarts += 1
                 if not self._may_restart(engine, restarts):
                     raise
                 self._note(error)
                 with self._turn:
+                    self.turns.enter("sync")
                     self._send(engine)
+                    self.turns.enter("generate")
 
     def _send(self, engine: RemoteEngine) -> int:
         """Give one engine the newest weights, after a new start if it is dead; returns their version."""
@@ -201,12 +211,16 @@ def student_label(version: int) -> tuple[str, int]:
     return "student", version
 
 
-def _engine_options(config: Config) -> dict[str, Any]:
+def _engine_options(config: Config, number: int) -> dict[str, Any]:
+    """SGLang's arguments of the engine of this number: each has ``rollout.tp`` GPUs of its own, one after the other."""
     rollout = config.rollout
     if rollout.engine != "sglang":
         return dict(rollout.args)
     named = dict(tp_size=rollout.tp, mem_fraction_static=rollout.mem_fraction)
-    return named | sleeping(config) | dict(rollout.args)
+    options = named | sleeping(config) | dict(rollout.args)
+    if jax.default_backend() != "cpu":
+        options["base_gpu_id"] = options.get("base_gpu_id", 0) + number * rollout.tp
+    return options
 
 
 def sleeping(config: Config) -> dict[str, Any]:

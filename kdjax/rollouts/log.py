@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,22 @@ class RolloutLog:
         return self._folder / f"step_{number:06d}.jsonl"
 
     def write(self, number: int, rollouts: list[Rollout]) -> None:
-        """The file of a step, whole or not at all."""
+        """The file of a step, whole or not at all. Raises UserError where the disk does not take it."""
         lines = [{"run": self._run, "step": number}, *(asdict(rollout) for rollout in rollouts)]
-        self._folder.mkdir(parents=True, exist_ok=True)
         part = self.path(number).with_suffix(".tmp")
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path(number))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with part.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path(number))
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise UserError(
+                f"{self.path(number)}: cannot be written ({error.strerror}); mend that and run the same command again"
+            ) from None
 
     def read(self, number: int) -> list[Rollout] | None:
         """What the step's file holds; None where there is none of this run. Raises UserError for a damaged file."""

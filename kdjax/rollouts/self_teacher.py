@@ -22,20 +22,17 @@ class SelfTeacher:
     """Every ``every`` steps the teacher becomes ``decay`` · teacher + (1 − ``decay``) · student.
 
     Decay 0 is a copy of the student; above it an exponential moving average (Mean Teacher, 1703.01780). ``params`` are
-    the very weights that the teacher's engine runs, laid out like the student's; they are saved with the run.
-    ``version`` is the step that made them.
+    the very weights that the teacher's engine gets by ``send``, laid out like the student's; they are saved with the
+    run. ``version`` is the step that made them.
 
     Args:
         step: what trains the student.
         engine: runs the teacher; it started with the weights that the student starts with.
         head: the teacher's, as the engine starts; later ones replace its weight.
-        shared: the engine also runs the student, so it takes the teacher's weights only when the teacher is asked.
     """
 
-    def __init__(
-        self, step: Step, engine: RemoteEngine, head: Head, *, every: int, decay: float, shared: bool = False
-    ) -> None:
-        self._step, self._engine, self._head, self._shared = step, engine, head, shared
+    def __init__(self, step: Step, engine: RemoteEngine, head: Head, *, every: int, decay: float) -> None:
+        self._step, self._engine, self._head = step, engine, head
         self._every, self._decay = every, decay
         graph, params, rest = nnx.split(step.model, nnx.Param, ...)
         where = jax.tree.map(lambda x: x.sharding, params)
@@ -54,29 +51,40 @@ class SelfTeacher:
         """The teacher's weights, a tree like ``step.state["params"]["student"]``."""
         return nnx.state(self.model, nnx.Param)
 
-    def restore(self, params: Any) -> None:
-        """Go on with saved weights; they are sent before the next batch."""
-        nnx.update(self.model, params)
-        self.version, self._ready = self._due(self._step.number), -1
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is saved: a checkpoint may be written before or after the teacher learnt from its step."""
+        version = jax.device_put(jax.numpy.int32(self.version), self._step.state["step"].sharding)
+        return {"params": self.params, "version": version}
 
-    def follow(self) -> None:
-        """Learn from the student if it is time, and bring the step's head and the engine up to date."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a saved ``state``."""
+        nnx.update(self.model, state["params"])
+        self.version, self._ready = int(state["version"]), -1
+
+    def learn(self) -> None:
+        """Learn from the student if it is time."""
         due = self._due(self._step.number)
         if due > self.version:
             nnx.update(self.model, self._average(self.params, self._step.state["params"]["student"]))
             self.version = due
+
+    def follow(self) -> None:
+        """Learn from the student if it is time, and bring the step's head up to date."""
+        self.learn()
         if self._ready == self.version:
             return
         weight = self.model.head().weight.astype(self._head.weight.dtype)
         self._step.replace_heads(replace(self._head, weight=weight))
-        if not self._shared:
-            self.send()
         with self._changed:
             self._ready = self.version
             self._changed.notify_all()
 
     def send(self) -> None:
-        """Give the engine these weights, unless it has them. Raises EngineError that names where it broke off."""
+        """Give the engine these weights, unless it has them: to be called before it is asked, again where it died.
+
+        Raises EngineError that names where it broke off.
+        """
         engine = self._engine
         label = student_label(self.version) if self._decay == 0 else ("teacher", self.version)
         if engine.holds == label or (engine.holds is None and self.version == 0):
@@ -92,15 +100,11 @@ class SelfTeacher:
             ) from None
 
     def wait_for(self, number: int) -> None:
-        """Until the teacher of step ``number`` is there; returns when its engine runs it.
-
-        Raises EngineError once this is closed.
-        """
+        """Until the weights of step ``number``'s teacher are there. Raises EngineError once this is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._ready >= self._due(number - 1))
         if self._closed:
             raise EngineError("the teacher is closed")
-        self.send()
 
     def close(self) -> None:
         with self._changed:

@@ -17,11 +17,23 @@ import numpy as np
 
 from bridge.engine import Completion
 from kdjax.config import Config, RolloutConfig
-from kdjax.data import Document, Fault, HostBatch, Placed, Prompt, Prompts, Statistics, collate
+from kdjax.data import (
+    Document,
+    EndlessPrompts,
+    Fault,
+    HostBatch,
+    Placed,
+    Prompt,
+    Statistics,
+    collate,
+    response_text,
+)
+from kdjax.data.packing import pack
 from kdjax.errors import UserError
-from kdjax.generation.rewards import find_reward, score, with_answer
+from kdjax.generation.rewards import find_reward, score
 from kdjax.rollouts.engines import StudentEngines
 from kdjax.rollouts.log import Rollout, RolloutLog, describe, is_empty, shown
+from kdjax.rollouts.overlap import Waits
 from kdjax.training.checkpoint import identity
 
 
@@ -43,16 +55,19 @@ class RolloutStream(Iterator[HostBatch]):
 
     A step takes prompts in order for as long as all their responses are sure to fit its rows. Which prompts, which of
     them are sampled, and the seed of every response depend on data, configuration and seed alone. ``engines`` must be
-    set before the first batch is taken. Arguments and errors otherwise as DataStream's.
+    set before the first batch is taken, and whoever takes batches tells ``waits`` when it has to wait for one.
+    Arguments and errors otherwise as DataStream's.
     """
 
     def __init__(
         self, config: Config, tokenizer: Any, *, batch: int, accumulate: int, shards: int, vocab_size: int | None
     ) -> None:
+        self.waits = Waits()
         self._config, self._rollout, self._tokenizer = config, config.rollout, tokenizer
         self._seed, self._seq_len = config.train.seed, config.data.max_len
         self._shape = {"batch": batch, "accumulate": accumulate, "shards": shards}
-        self._prompts = Prompts(config.data, tokenizer, seed=self._seed, vocab_size=vocab_size)
+        mixed = config.distill.on_policy_fraction < 1
+        self._prompts = EndlessPrompts(config.data, tokenizer, seed=self._seed, vocab_size=vocab_size, documents=mixed)
         self.rows_per_epoch = sum(self._prompts.sizes)
         self._reward = None if config.rollout.reward is None else find_reward(config.rollout.reward)
         self._extras = ("on_policy", "behaviour_logprobs") + (("advantage",) if self._reward else ())
@@ -66,15 +81,17 @@ class RolloutStream(Iterator[HostBatch]):
     def __next__(self) -> HostBatch:
         done, number = self._number, self._number + 1
         asked = self._ask()
-        rollouts, seconds = self._log.read(number), 0.0
+        rollouts, seconds = self._log.read(number), {}
         if rollouts is None:
             self.engines.wait_for(done - self._rollout.max_staleness)
-            start = time.perf_counter()
+            start, waited = time.perf_counter(), self.waits.seconds()
             rollouts = self._draw(asked)
-            seconds = time.perf_counter() - start
+            whole, waited = time.perf_counter() - start, self.waits.seconds() - waited
+            seconds = {"generate": whole, "hidden": max(0.0, whole - waited)}
             self._log.write(number, rollouts)
         rows = self._place(number, asked, rollouts)
-        host = collate(rows, seq_len=self._seq_len, known=self._loss_sizes, extras=self._extras, **self._shape)
+        shape = self._shape | {"accumulate": self._micro_batches(len(rows))}
+        host = collate(rows, seq_len=self._seq_len, known=self._loss_sizes, extras=self._extras, **shape)
         self._loss_sizes.add(host.batch.rows.shape[-1])
         self._number = number
         self._count(host, rollouts)
@@ -82,7 +99,7 @@ class RolloutStream(Iterator[HostBatch]):
             host,
             state=self.state(),
             report=describe(rollouts, done) if rollouts else {},
-            seconds={"generate": seconds},
+            seconds=seconds,
             notes=tuple(self._notes(number, rollouts)),
         )
 
@@ -154,6 +171,7 @@ class RolloutStream(Iterator[HostBatch]):
                     self.statistics.rows -= 1  # it comes again
                     break
                 asked.append(Asked(self._next, prompt, self._sampled(prompt), rows))
+                unusable = 0
             else:
                 unusable += 1
                 if unusable >= self.rows_per_epoch:
@@ -203,7 +221,7 @@ class RolloutStream(Iterator[HostBatch]):
         completions = self.engines.generate([a.prompt.ids for a, _ in jobs], seeds) if jobs else []
         rollouts = []
         for (a, sample), seed, completion in zip(jobs, seeds, completions, strict=True):
-            text = self._tokenizer.decode(completion.ids, skip_special_tokens=True)
+            text = response_text(self._tokenizer, completion.ids, self.engines.stop_ids)
             rollouts.append(
                 Rollout(
                     prompt=a.number,
@@ -216,26 +234,20 @@ class RolloutStream(Iterator[HostBatch]):
                     seed=seed,
                     ids=completion.ids.tolist(),
                     logprobs=shown(completion.logprobs),
-                    reward=self._judge(a.prompt, text),
+                    reward=None if self._reward is None else score(self._reward, a.prompt, text),
                 )
             )
         return rollouts
 
-    def _judge(self, prompt: Prompt, response: str) -> float | None:
-        if self._reward is None:
-            return None
-        text = self._tokenizer.decode(prompt.ids, skip_special_tokens=True)
-        return score(self._reward, text, response, with_answer(prompt.row, prompt.reference))
-
     def _place(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> list[list[Document]]:
-        """The step's documents in the rows that were kept for them."""
+        """The step's documents in rows."""
         wanted = [(a.number, i) for a in asked if a.sampled for i in range(self._rollout.n_samples)]
         if [(r.prompt, r.sample) for r in rollouts] != wanted:
             raise UserError(
                 f"{self._log.path(number)} answers other prompts than step {number} asks; delete it, and they are "
                 f"drawn again"
             )
-        rows: list[list[Document]] = [[] for _ in range(self._shape["batch"] * self._shape["accumulate"])]
+        placed: list[tuple[int, Document]] = []
         advantages = iter(advantages_of(rollouts, self._rollout))
         answers = iter(rollouts)
         of: dict[Document, Rollout] = {}
@@ -248,11 +260,26 @@ class RolloutStream(Iterator[HostBatch]):
                     for r, advantage in zip(answered, advantages, strict=False)
                 ]
                 of |= {document: r for document, r in zip(documents, answered, strict=True) if document is not None}
-            for row, document in zip(a.rows, documents, strict=True):
-                if document is not None:
-                    rows[row].append(document)
+            placed += [(row, d) for row, d in zip(a.rows, documents, strict=True) if d is not None]
         self._written[number] = rollouts, of
+        return self._packed(placed)
+
+    def _packed(self, placed: list[tuple[int, Document]]) -> list[list[Document]]:
+        """Documents in as few rows as they need, now that their lengths are known, or else in those kept for them."""
+        count, documents = self._shape["batch"] * self._shape["accumulate"], [document for _, document in placed]
+        if self._config.data.packing:
+            filled, left = pack([len(document) for document in documents], rows=count, seq_len=self._seq_len)
+            if not left:
+                return [[documents[i] for i in row] for row in filled]
+        rows: list[list[Document]] = [[] for _ in range(count)]
+        for row, document in placed:
+            rows[row].append(document)
         return [row for row in rows if row]
+
+    def _micro_batches(self, rows: int) -> int:
+        """How many it takes for so many rows; a power of two where that is not all, so that few programs are made."""
+        needed = max(1, -(-rows // self._shape["batch"]))
+        return min(self._shape["accumulate"], 1 << (needed - 1).bit_length())
 
     def _count(self, host: HostBatch, rollouts: list[Rollout]) -> None:
         seen = self.statistics

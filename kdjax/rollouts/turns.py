@@ -6,9 +6,10 @@ out. Engines sleep outside their phases; awake they live in what JAX's fixed sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
-from bridge.engine import Engine
+from bridge.errors import EngineError
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 # Phase → who is awake with what. New weights need room for weights alone: for the student's, or an earlier self's.
@@ -23,55 +24,87 @@ NEXT = {
     "train": ("sync", "renew", "generate", "prefill"),
     "sync": ("renew", "generate", "prefill"),
     "renew": ("sync", "generate", "prefill"),  # one engine in both roles takes the weights of each in turn
-    "generate": ("renew", "prefill", "train"),
+    "generate": ("sync", "renew", "prefill", "train"),  # so does a student's
     "prefill": ("renew", "train"),  # a teacher that was started again gets its weights again
 }
 
 
-class Turns:
-    """The engines by role (``student``, ``teacher``), awake when this starts; without engines nothing is ever asked.
+class Sleeper(Protocol):
+    """What takes turns: an engine. ``pid`` is None while it is dead, and then it holds no memory."""
 
-    One engine may have both roles. ``kept`` are tags that stay on the devices outside a role's phases.
+    pid: int | None
+
+    def sleep(self, tags: Sequence[str]) -> None: ...
+
+    def wake(self, tags: Sequence[str]) -> None: ...
+
+
+class Turns:
+    """Those who take turns by role (``student``, ``teacher``); without any nothing is ever asked.
+
+    One engine may have both roles. ``kept`` are tags that stay on the devices outside a role's phases. An engine that
+    is dead is passed over: whoever needs it starts it again and says so by ``restarted``.
     """
 
-    def __init__(
-        self, engines: Mapping[str, Sequence[Engine]] | None = None, kept: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
-        self._engines: list[Engine] = []
+    def __init__(self, kept: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._engines: list[Sleeper] = []
         self._roles: list[set[str]] = []
-        for role, of_role in (engines or {}).items():
-            for engine in of_role:
-                if engine not in self._engines:
-                    self._engines.append(engine)
-                    self._roles.append(set())
-                self._roles[self._engines.index(engine)].add(role)
+        self._awake: list[set[str]] = []
         self._kept = dict(kept or {})
-        self._awake = [{WEIGHTS, CACHE} for _ in self._engines]
         self.phase = "train"
+
+    def join(self, role: str, engines: Sequence[Sleeper]) -> None:
+        """Give these a role. Those who were not there before are wide awake; they are put to where they belong."""
+        for engine in engines:
+            if engine not in self._engines:
+                self._engines.append(engine)
+                self._roles.append(set())
+                self._awake.append({WEIGHTS, CACHE})
+            self._roles[self._engines.index(engine)].add(role)
+        self._settle()
 
     def enter(self, phase: str) -> None:
         """Let ``phase`` begin: first those that must sleep do, then those that are needed wake.
 
-        Raises ValueError for a phase that cannot follow the present one, EngineError from the engines.
+        Raises ValueError for a phase that cannot follow the present one, EngineError from engines that live.
         """
         if not self._engines:
             return
         if phase != self.phase and phase not in NEXT[self.phase]:
             raise ValueError(f"{phase} cannot follow {self.phase}")
-        wanted = [
-            {tag for role in roles for tag in (*self._kept.get(role, ()), *AWAKE[phase].get(role, ()))}
-            for roles in self._roles
-        ]
-        for engine, awake, tags in zip(self._engines, self._awake, wanted, strict=True):
-            if awake - tags:
-                engine.sleep(sorted(awake - tags))
-        for engine, awake, tags in zip(self._engines, self._awake, wanted, strict=True):
-            if tags - awake:
-                engine.wake(sorted(tags - awake))
-        self._awake, self.phase = wanted, phase
+        self.phase = phase
+        self._settle()
 
-    def restarted(self, engine: Engine) -> None:
+    def restarted(self, engine: Sleeper) -> None:
         """A new process took the place of ``engine``'s: it is wide awake, whatever the phase."""
         if engine in self._engines:
             self._awake[self._engines.index(engine)] = {WEIGHTS, CACHE}
-            self.enter(self.phase)
+            self._settle()
+
+    def _settle(self) -> None:
+        for engine, roles, awake in zip(self._engines, self._roles, self._awake, strict=True):
+            if _asked(engine, engine.sleep, surplus := awake - self._wanted(roles)):
+                awake -= surplus
+        for engine, roles, awake in zip(self._engines, self._roles, self._awake, strict=True):
+            if _asked(engine, engine.wake, missing := self._wanted(roles) - awake):
+                awake |= missing
+
+    def _wanted(self, roles: Collection[str]) -> set[str]:
+        phase = AWAKE[self.phase]
+        return {tag for role in roles for tag in (*self._kept.get(role, ()), *phase.get(role, ()))}
+
+
+def _asked(engine: Sleeper, call: Callable[[Sequence[str]], None], tags: Collection[str]) -> bool:
+    """Whether ``call(tags)`` was made and answered; not where there is nothing to ask, nor by an engine that is dead.
+
+    Raises EngineError from one that lives.
+    """
+    if not tags or engine.pid is None:
+        return False
+    try:
+        call(sorted(tags))
+    except EngineError:
+        if engine.pid is not None:
+            raise
+        return False
+    return True

@@ -36,7 +36,7 @@ from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import export_student, make_student
 
-TEACHER = "teacher"  # the name of a self-teacher's weights among the arrays that are saved
+TEACHER = "teacher"  # the name of a self-teacher among what is saved
 
 
 @dataclass
@@ -257,11 +257,13 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """Everything with arrays that a run is made of."""
-        teacher = self.stream.self_teacher
-        return self.step.state if teacher is None else self.step.state | {TEACHER: teacher.params}
+        state, teacher = self.step.state, self.stream.self_teacher
+        return state if teacher is None else state | {TEACHER: teacher.state}
 
     def _finish(self) -> None:
         config, result, display = self.config, self.result, self.display
+        if self.stream.self_teacher is not None:
+            self.stream.self_teacher.learn()  # from the last step too
         self._save(result.steps)
         if result.steps not in result.evaluations:
             self._evaluate(result.steps)
@@ -322,12 +324,18 @@ class _Window:
         self._since += time.perf_counter() - start
 
     def close(self, step: int) -> dict[str, float]:
-        """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window."""
+        """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window.
+
+        ``rollout/hidden`` is the share of the seconds of generation in which the loop had something else to do.
+        """
         steps, wall = step - self._first, time.perf_counter() - self._since
         values = {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": self._tokens / wall}
         seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
-        # What neither the wait for a batch nor its placing took, the loop spent on the student.
-        seconds["student"] = max(0.0, seconds["step"] - seconds["waiting"] - seconds["transfer"])
+        # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
+        others = sum(seconds.get(name, 0.0) for name in ("sync", "waiting", "transfer"))
+        seconds["student"] = max(0.0, seconds["step"] - others)
+        if "generate" in seconds:
+            values["rollout/hidden"] = seconds.pop("hidden") / seconds["generate"]
         self._start(step)
         return values | {f"seconds/{name}": value for name, value in seconds.items()}
 

@@ -34,6 +34,7 @@ def check_teacher(stream: Any) -> float:
     most in bfloat16: a wrong head, a missing soft-cap, another vocabulary or stale weights would train on nonsense.
     """
     documents = _sample(stream)
+    stream.turns.enter("prefill")
     theirs = stream.engine.remote.score(documents)
     rows = [len(ids) - 1 for ids in documents]
     lease = stream.engine.pool.lease([sum(rows)], timeout=stream.config.teacher.timeout)
@@ -49,6 +50,7 @@ def check_teacher(stream: Any) -> float:
         hidden = jnp.array(jax.dlpack.from_dlpack(view, copy=False), copy=True).block_until_ready()
     finally:
         lease.release()
+    stream.turns.enter("train")
     hidden = jax.device_put(hidden, NamedSharding(stream.mesh, P()))
     head = stream.teachers[0].head
     labels = np.concatenate([ids[1:] for ids in documents])
@@ -89,6 +91,7 @@ def check_student(stream: Any, step: Any) -> list[str]:
     students.follow()
     documents = [ids for ids in _sample(stream) if len(ids) > 1]
     gap = np.abs(_scores(stream, step.model, documents) - np.concatenate(students.score(documents)))
+    stream.turns.enter("train")
     limit_mean, limit_max = LIMITS["float32" if students.dtype == step.model.compute.dtype == "float32" else "bfloat16"]
     if not (gap.mean() <= limit_mean and gap.max() <= limit_max):
         raise UserError(

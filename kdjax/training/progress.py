@@ -80,9 +80,13 @@ class Display:
         words += [f"grad {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}"]
         words += [f"{values['tokens_per_second']:,.0f} tok/s"]
         seconds = {n.removeprefix("seconds/"): v for n, v in values.items() if n.startswith("seconds/")}
-        whole, teacher = seconds.pop("step"), seconds.pop("teacher", None)
+        whole = seconds.pop("step")
+        beside = {name: f"{seconds.pop(name):.2f}" for name in ("generate", "teacher") if name in seconds}
+        if "rollout/hidden" in values:
+            beside["generate"] += f", {values['rollout/hidden']:.0%} hidden"
         shares = " + ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-        words.append(f"{whole:.2f} s/step ({shares}" + (")" if teacher is None else f"; teacher {teacher:.2f})"))
+        others = "".join(f"; {name} {text}" for name, text in beside.items())
+        words.append(f"{whole:.2f} s/step ({shares}{others})")
         words.append(f"eta {timedelta(seconds=round(whole * (steps - step)))}")
         self.line("  ".join(words))
 

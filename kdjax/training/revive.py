@@ -21,11 +21,18 @@ class Revived:
         engine: as started from its model folder; a restart has the weights of that folder.
         restarts: how often one question may be repeated.
         tell: takes one line for each restart.
+        restarted: called after each, before the question is asked again.
     """
 
-    def __init__(self, engine: RemoteEngine, restarts: int, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: RemoteEngine,
+        restarts: int,
+        tell: Callable[[str], None],
+        restarted: Callable[[RemoteEngine], None] = lambda engine: None,
+    ) -> None:
         self.engine, self.count = engine, 0
-        self._restarts, self._tell, self._ended = restarts, tell, False
+        self._restarts, self._tell, self._restarted, self._ended = restarts, tell, restarted, False
 
     def ask(self, question: Callable[[RemoteEngine], Answer]) -> Answer:
         """The answer to ``question(engine)``.
@@ -38,6 +45,7 @@ class Revived:
             try:
                 if tried:
                     self.engine.restart()
+                    self._restarted(self.engine)
                 return question(self.engine)
             except ValueError as error:
                 raise UserError(f"teacher {self.engine.spec.model}: {error}") from None

@@ -36,6 +36,7 @@ from kdjax.data.files import refuse_missing
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.rollouts.engines import StudentEngines
+from kdjax.rollouts.overlap import Waits
 from kdjax.rollouts.self_teacher import SelfTeacher
 from kdjax.rollouts.stream import RolloutStream
 from kdjax.rollouts.turns import Turns
@@ -88,9 +89,10 @@ class Stream:
         self._exit = ExitStack()
         self.engine: TeacherEngine | None = None
         self._worker: Ahead[tuple[HostBatch, Lease | None, dict[str, float]]] | None = None
+        self._begun = False  # whether batches are being made
         self._taken: DeviceBatch | None = None
         self._step: Step | None = None
-        self._turns = Turns()
+        self.turns, self._waits = Turns(), Waits()
         self.self_teacher: SelfTeacher | None = None
         self.teachers: tuple[Teacher, ...] = ()
         self._shape = dict(batch=rows, shards=self.shards, vocab_size=student_vocabulary(config))
@@ -109,6 +111,7 @@ class Stream:
             self.engine = TeacherEngine(config, self.mesh, slots=slots, log=log, tell=self._tell)
             self._exit.callback(self.engine.close)
             self.engine.before = self._before_prefill
+            self.engine.restarted = lambda engine: self.turns.restarted(engine)
             self._shape["vocab_size"] = min(self._shape["vocab_size"], self.engine.vocab_size)
         # The engine starts in its own process while the tokenizer and the data are opened here.
         self.tokenizer = load_tokenizer(tokenizer_path(config))
@@ -118,6 +121,7 @@ class Stream:
         shape = self._shape | {"accumulate": config.train.accumulate}
         if config.distill.on_policy_fraction:
             self.data = RolloutStream(config, self.tokenizer, **shape)
+            self._waits = self.data.waits
         else:
             self.data = DataStream(config.data, self.tokenizer, seed=config.train.seed, **shape)
         self._exit.callback(self.data.close)
@@ -149,13 +153,15 @@ class Stream:
         if self._worker is None:
             if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
-            self._produced = 0 if self._step is None else self._step.number
+            self._produced, self._begun = 0 if self._step is None else self._step.number, True
             self._worker = Ahead(self._produce, self._lookahead)
             self._exit.callback(self._worker.stop)
-        synced = self._follow()
-        start = time.perf_counter()
-        made = self._worker.take(give_up)
-        self._turns.enter("train")
+        self._look_back()
+        with self._waits.waiting():
+            synced = self._follow()
+            start = time.perf_counter()
+            made = self._worker.take(give_up)
+            self.turns.enter("train")
         if made is None:
             return None
         host, lease, seconds = made
@@ -172,6 +178,10 @@ class Stream:
         """Let engines that follow the student take its weights from ``step``: those that write its responses, and a
         teacher that is its earlier self. Where there are such, this is needed before the first batch."""
         config, self._step = self.config, step
+        if config.colocate:  # SGLang sizes its cache by what is free as it starts, so others sleep by then
+            self.turns = Turns({"student": config.rollout.resident, "teacher": config.teacher.resident})
+            self.engine.remote.wait_ready()
+            self.turns.join("teacher", [self.engine.remote])
         if isinstance(self.data, RolloutStream):
             known = valid_ids(self.tokenizer, student_vocabulary(config))
             end = self.tokenizer.eos_token_id
@@ -185,17 +195,14 @@ class Stream:
             )
         if config.teacher.update_every is not None:
             every, decay = config.teacher.update_every, config.teacher.ema_decay
-            shared = self.students is not None and config.rollout.engines == 0
-            self.self_teacher = SelfTeacher(
-                step, self.engine.remote, self.teachers[0].head, every=every, decay=decay, shared=shared
-            )
+            head = self.teachers[0].head
+            self.self_teacher = SelfTeacher(step, self.engine.remote, head, every=every, decay=decay)
             self._exit.callback(self.self_teacher.close)
-        if config.colocate:
-            engines = {"student": self.students.engines if self.students else [], "teacher": [self.engine.remote]}
-            resident = {"student": config.rollout.resident, "teacher": config.teacher.resident}
-            self._turns = Turns(engines, resident)
-            for follower in filter(None, (self.students, self.self_teacher)):
-                follower.turns = self._turns
+        if config.colocate and self.students is not None:
+            self.students.wait_ready()
+            self.turns.join("student", self.students.engines)
+        for follower in filter(None, (self.students, self.self_teacher)):
+            follower.turns = self.turns
 
     @property
     def students(self) -> StudentEngines | None:
@@ -204,11 +211,8 @@ class Stream:
 
     def _follow(self) -> dict[str, float]:
         """Bring the engines that follow the student up to date; returns the seconds it took."""
-        if isinstance(self.data, RolloutStream):
-            self._look_back()
         if self.config.colocate:
-            self.engine.wait_released()
-            self._turns.enter("train")
+            self.turns.enter("train")
         followers = [follower for follower in (self.students, self.self_teacher) if follower is not None]
         start = time.perf_counter()
         for follower in followers:
@@ -216,6 +220,9 @@ class Stream:
         return {"sync": time.perf_counter() - start} if followers else {}
 
     def _look_back(self) -> None:
+        """See what the last step found of its responses, and where devices are shared wait until it is done."""
+        if self.config.colocate:
+            self.engine.wait_released()
         if self._taken is not None and LOG_RATIO in self._taken.by_row:
             self.data.learned(self._taken.host, np.asarray(self._taken.by_row[LOG_RATIO]))
         self._taken = None
@@ -249,7 +256,7 @@ class Stream:
                 jax.block_until_ready(arrays.teacher_hidden)
                 lease.release()
             batches.append(DeviceBatch(arrays, host))
-        self._turns.enter("train")
+        self.turns.enter("train")
         return batches
 
     def documents(self, count: int, *, held_out: bool = False) -> list[Document]:
@@ -292,11 +299,11 @@ class Stream:
         return lease, {"teacher": seconds}
 
     def _before_prefill(self) -> None:
-        """A teacher that follows the student gets its weights again after a new start; held-out rows, asked for before
+        """A teacher that follows the student gets its weights, after a new start too; held-out rows, asked for before
         the first batch, are those of the teacher as it was at the start of the run."""
-        if self.self_teacher is not None and self._worker is not None:
+        if self.self_teacher is not None and self._begun:
             self.self_teacher.send()
-        self._turns.enter("prefill")
+        self.turns.enter("prefill")
 
     def kill(self) -> None:
         """End the teacher and unlink the pool at once, whatever they are doing; the process is about to end."""

@@ -40,6 +40,7 @@ class TeacherEngine:
         head: the teacher's head on the mesh.
         remote: the running engine.
         before: called before each prefill, and again after a new start.
+        restarted: called with the engine after a new start.
     """
 
     def __init__(self, config: Config, mesh: Mesh, *, slots: int, log: Path, tell: Callable[[str], None]) -> None:
@@ -52,6 +53,7 @@ class TeacherEngine:
         if limit is not None and config.data.max_len > limit:
             raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
         self.before: Callable[[], None] = lambda: None
+        self.restarted: Callable[[RemoteEngine], None] = lambda engine: None
         self._timeout, self._slots = teacher.timeout, slots
         self._slot_rows = config.train.batch_size * config.data.max_len // shards
         self._lent: deque[tuple[jax.Array, Lease]] = deque()
@@ -80,7 +82,7 @@ class TeacherEngine:
             except ValueError as error:
                 raise UserError(f"teacher.path: {error}") from None
             opened.callback(self.remote.close, timeout=CLOSE_SECONDS)
-            self.revived = Revived(self.remote, teacher.restarts, tell)
+            self.revived = Revived(self.remote, teacher.restarts, tell, lambda engine: self.restarted(engine))
             opened.callback(self.revived.end)
             self._opened = opened.pop_all()
 
@@ -98,7 +100,8 @@ class TeacherEngine:
                 Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
                 for p in host.documents
             ]
-            self.revived.ask(lambda engine: self._prefill(engine, prompts))
+            if prompts:  # there are none where every response of a step is dropped
+                self.revived.ask(lambda engine: self._prefill(engine, prompts))
         except BaseException:
             lease.release()
             raise

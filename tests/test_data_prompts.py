@@ -1,4 +1,4 @@
-"""Questions out of rows: which messages are asked, what the row's own answer is, and what is refused."""
+"""Prompts out of rows: which messages are asked, what the row's own answer is, and what is refused."""
 
 import json
 
@@ -7,8 +7,9 @@ import pytest
 from data_tools import GSM8K, ROOT, config, plain
 
 from kdjax.config import SourceConfig
+from kdjax.data import response_text
 from kdjax.data.formats import RowError
-from kdjax.data.questions import Questions
+from kdjax.data.prompts import Prompts
 from kdjax.errors import UserError
 
 
@@ -20,11 +21,11 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def questions(tmp_path, rows, source=None, **settings):
+def prompts(tmp_path, rows, source=None, **settings):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(path=str(file), **(source or {}))
-    return Questions([source], config(source, **settings), plain())
+    return Prompts([source], config(source, **settings), plain())
 
 
 def rendered(*messages):
@@ -35,7 +36,7 @@ def rendered(*messages):
 
 def test_the_last_turn_of_the_assistant_is_the_answer(tmp_path):
     turns = [user("2 + 2?"), assistant("4"), user("and 3?"), assistant("7")]
-    found = questions(tmp_path, [{"messages": turns, "id": 5}, {"messages": turns[:3], "id": 6}])
+    found = prompts(tmp_path, [{"messages": turns, "id": 5}, {"messages": turns[:3], "id": 6}])
     assert len(found) == 2
     for prompt, answer in zip(found, ("7", None), strict=True):
         assert prompt.messages == tuple(turns[:3]) and prompt.answer == answer and prompt.text == "and 3?"
@@ -45,7 +46,7 @@ def test_the_last_turn_of_the_assistant_is_the_answer(tmp_path):
 
 @pytest.mark.parametrize("source", [{}, {"format": "prompt"}])
 def test_rows_without_a_response(tmp_path, source):
-    found = questions(tmp_path, [{"prompt": "2 + 2?"}, {"prompt": [user("2?")]}], source, system="Count.")
+    found = prompts(tmp_path, [{"prompt": "2 + 2?"}, {"prompt": [user("2?")]}], source, system="Count.")
     system = {"role": "system", "content": "Count."}
     assert [p.messages for p in found] == [(system, user("2 + 2?")), (system, user("2?"))]
     assert all(p.answer is None for p in found)
@@ -54,9 +55,10 @@ def test_rows_without_a_response(tmp_path, source):
 
 def test_the_teacher_may_read_another_prompt(tmp_path):
     rows = [{"prompt": "2 + 2?", "hint": "2 + 2? It is 4.", "response": "4"}]
-    found = questions(tmp_path, rows, {"teacher_input_key": "hint"})
+    found = prompts(tmp_path, rows, {"teacher_input_key": "hint"})
     assert found[0].messages == (user("2 + 2?"),)
-    assert np.array_equal(found[0].ids, rendered(user("2 + 2? It is 4.")))
+    assert np.array_equal(found[0].ids, rendered(user("2 + 2?"))) and found[0].text == "2 + 2?"
+    assert np.array_equal(found[0].teacher_ids, rendered(user("2 + 2? It is 4.")))
 
 
 def test_several_sources_in_order(tmp_path):
@@ -64,8 +66,8 @@ def test_several_sources_in_order(tmp_path):
         SourceConfig(path=str(ROOT / "examples" / "data" / f"gsm8k_{name}.jsonl"), **GSM8K, max_samples=3)
         for name in ("test", "train")
     ]
-    found = Questions(sources, config(*sources), plain())
-    assert [p.where.rpartition("/")[2] for p in found] == [
+    found = Prompts(sources, config(*sources), plain())
+    assert [p.source.rpartition("/")[2] for p in found] == [
         *(f"gsm8k_test.jsonl:{i}" for i in (1, 2, 3)), *(f"gsm8k_train.jsonl:{i}" for i in (1, 2, 3))
     ]  # fmt: skip
     assert found[5].answer == found[5].row["answer"]
@@ -83,12 +85,18 @@ def test_several_sources_in_order(tmp_path):
     ],
 )
 def test_a_row_with_nothing_to_answer(tmp_path, row, words):
-    found = questions(tmp_path, [{"messages": [user("fine")]}, row])
+    found = prompts(tmp_path, [{"messages": [user("fine")]}, row])
     with pytest.raises(RowError, match=words):
         found[1]
     assert found.where(1).endswith("rows.jsonl:2")
 
 
-def test_plain_text_is_no_question(tmp_path):
+def test_plain_text_is_no_prompt(tmp_path):
     with pytest.raises(UserError, match="plain text has no prompts"):
-        questions(tmp_path, [{"text": "once upon a time"}])
+        prompts(tmp_path, [{"text": "once upon a time"}])
+
+
+def test_a_response_is_read_without_the_token_that_ended_it():
+    said = np.asarray(plain().encode("7 , 8 .", add_special_tokens=False), np.int32)
+    assert response_text(plain(), np.append(said, 2), {2}) == response_text(plain(), said, {2}) == "7 , 8 ."
+    assert response_text(plain(), said, {int(said[-1])}) == plain().decode(said[:-1])  # an end that is no special token
