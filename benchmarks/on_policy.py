@@ -40,12 +40,15 @@ METHODS = {
     "off_policy": ("distill.loss=kl",),
     "off_policy_rkl": ("distill.loss=rkl",),
     "on_policy": ("distill.loss=rkl", "distill.on_policy_fraction=1.0"),
+    "on_policy_kl": ("distill.loss=kl", "distill.on_policy_fraction=1.0"),
     "mixed": ("distill.loss=rkl", "distill.on_policy_fraction=0.5"),
 }
+DEFAULT = ("off_policy", "on_policy", "on_policy_kl", "mixed")
 NAMES = {
     "off_policy": "off-policy, forward KL",
     "off_policy_rkl": "off-policy, reverse KL",
     "on_policy": "**on-policy, reverse KL**",
+    "on_policy_kl": "**on-policy, forward KL**",
     "mixed": "half and half (λ = 0.5), reverse KL",
 }
 
@@ -135,7 +138,7 @@ def main() -> None:
     parser.add_argument("--warm-steps", type=int, default=WARM_STEPS, help="off-policy steps of the common student")
     parser.add_argument("--steps", type=int, default=STEPS, help="of every method, behind the common student")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT))
     parser.add_argument("--trial", action="store_true", help="print the table and write nothing down")
     parser.add_argument(
         "--only-table", action="store_true", help="measure nothing, write the table of docs/generation.md"
