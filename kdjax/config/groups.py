@@ -199,6 +199,8 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the global gradient norm; none does not."""
+    offload: tuple[Literal["optimizer", "parameters"], ...] = ()
+    """Kept in pinned host memory: optimizer state but for updates; parameters while engines work (`colocate`)."""
     seed: int = Field(42, ge=0)
     """Decides initial weights and data order."""
     eval_every: int | None = Field(None, ge=1)
@@ -318,4 +320,9 @@ class Config:
             raise ValueError(f"train.{asked[0]} needs held-out data: set data.eval")
         if self.log.samples and not (self.data.eval and self.checkpoint.check_export):
             raise ValueError("log.samples asks the exported student: set data.eval and checkpoint.check_export")
+        if "parameters" in self.train.offload and not self.colocate:
+            raise ValueError(
+                "train.offload=[parameters] puts them away while engines hold the devices: set colocate=true, or "
+                "offload the optimizer alone"
+            )
         check_followers(self)

@@ -14,9 +14,9 @@ from bridge.errors import EngineError
 WEIGHTS, CACHE = "weights", "kv_cache"
 # Phase → who is awake with what. New weights need room for weights alone: for the student's, or an earlier self's.
 AWAKE: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {},
-    "sync": {"student": (WEIGHTS,)},
-    "renew": {"teacher": (WEIGHTS,)},
+    "train": {"trainer": (WEIGHTS,)},
+    "sync": {"trainer": (WEIGHTS,), "student": (WEIGHTS,)},
+    "renew": {"trainer": (WEIGHTS,), "teacher": (WEIGHTS,)},
     "generate": {"student": (WEIGHTS, CACHE)},
     "prefill": {"teacher": (WEIGHTS, CACHE)},
 }
@@ -30,7 +30,7 @@ NEXT = {
 
 
 class Sleeper(Protocol):
-    """What takes turns: an engine. ``pid`` is None while it is dead, and then it holds no memory."""
+    """What takes turns: an engine, or the trainer. ``pid`` is None while it is dead, and then it holds no memory."""
 
     pid: int | None
 
@@ -40,7 +40,7 @@ class Sleeper(Protocol):
 
 
 class Turns:
-    """Those who take turns by role (``student``, ``teacher``); without any nothing is ever asked.
+    """Those who take turns by role (``student``, ``teacher``, ``trainer``); without any nothing is ever asked.
 
     One engine may have both roles. ``kept`` are tags that stay on the devices outside a role's phases. An engine that
     is dead is passed over: whoever needs it starts it again and says so by ``restarted``.
@@ -53,13 +53,13 @@ class Turns:
         self._kept = dict(kept or {})
         self.phase = "train"
 
-    def join(self, role: str, engines: Sequence[Sleeper]) -> None:
-        """Give these a role. Those who were not there before are wide awake; they are put to where they belong."""
+    def join(self, role: str, engines: Sequence[Sleeper], awake: Collection[str] = (WEIGHTS, CACHE)) -> None:
+        """Give these a role. Those who were not there before are ``awake``; they are put to where they belong."""
         for engine in engines:
             if engine not in self._engines:
                 self._engines.append(engine)
                 self._roles.append(set())
-                self._awake.append({WEIGHTS, CACHE})
+                self._awake.append(set(awake))
             self._roles[self._engines.index(engine)].add(role)
         self._settle()
 

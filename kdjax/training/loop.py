@@ -82,7 +82,8 @@ class _Run:
             with display.stage("student"):
                 self.model = make_student(config, self.stream.mesh)
                 algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
-                self.step = make_step(self.model, algorithm, make_optimizer(config.train, self.steps), self.stream.mesh)
+                optimizer = make_optimizer(config.train, self.steps)
+                self.step = make_step(self.model, algorithm, optimizer, self.stream.mesh, config.train.offload)
                 self.stream.attach(self.step)
             if config.teacher.path is not None:
                 with display.stage(f"teacher ({config.teacher.engine})"):
@@ -257,7 +258,7 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """Everything with arrays that a run is made of."""
-        state, teacher = self.step.state, self.stream.self_teacher
+        state, teacher = self.step.whole_state(), self.stream.self_teacher
         return state if teacher is None else state | {TEACHER: teacher.state}
 
     def _finish(self) -> None:

@@ -39,10 +39,10 @@ from kdjax.rollouts.engines import StudentEngines
 from kdjax.rollouts.overlap import Waits
 from kdjax.rollouts.self_teacher import SelfTeacher
 from kdjax.rollouts.stream import RolloutStream
-from kdjax.rollouts.turns import Turns
+from kdjax.rollouts.turns import WEIGHTS, Turns
 from kdjax.sharding import BATCH_AXES, data_shards, make_mesh
 from kdjax.training.ahead import Ahead
-from kdjax.training.step import Step
+from kdjax.training.step import Parked, Step
 from kdjax.training.student import student_vocabulary, tokenizer_path
 from kdjax.training.teacher import TeacherEngine
 
@@ -180,6 +180,8 @@ class Stream:
         config, self._step = self.config, step
         if config.colocate:  # SGLang sizes its cache by what is free as it starts, so others sleep by then
             self.turns = Turns({"student": config.rollout.resident, "teacher": config.teacher.resident})
+            if "parameters" in config.train.offload:
+                self.turns.join("trainer", [Parked(step)], awake=[WEIGHTS])
             self.engine.remote.wait_ready()
             self.turns.join("teacher", [self.engine.remote])
         if isinstance(self.data, RolloutStream):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +32,10 @@ class Step:
 
     With a teacher, ``teacher_bad_rows`` counts rows that carry loss and hold NaN or Inf. Where there is one, or where
     loss or gradient are not finite, the state stays as it was.
+
+    ``offload`` names what waits in pinned host memory: the ``optimizer``'s moments whenever no update needs them, so
+    that a device never holds them beside the activations (ZeRO-Offload, 2101.06840, without its update on the host),
+    and the ``parameters`` between ``park`` and ``unpark``.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Step:
         algorithm: nnx.Module,
         optimizer: optax.GradientTransformation,
         mesh: Mesh | None = None,
+        offload: Collection[str] = (),
     ) -> None:
         self.model, self.algorithm, self.mesh = model, algorithm, mesh or _mesh_of(model)
         self.number, self.lock = 0, threading.Lock()
@@ -47,11 +54,17 @@ class Step:
         params, self._frozen = jax.tree.map(on_mesh, (params, self._frozen))
         # Moments are made like the parameters one by one, outside jit, and so lie where the parameters lie.
         opt = jax.tree.map(on_mesh, optimizer.init(params))
-        self.state = {"params": params, "opt": opt, "step": jax.device_put(jnp.zeros((), jnp.int32), replicated)}
-        self.shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        state = {"params": params, "opt": opt, "step": jax.device_put(jnp.zeros((), jnp.int32), replicated)}
+        self.state, self.shardings = state, jax.tree.map(lambda x: x.sharding, state)
+        self._on_device, self._on_host, moments = self.shardings, None, None
+        if offload:
+            self._on_host = jax.tree.map(_in_host_memory, state)
+        if "optimizer" in offload:
+            moments, self.shardings = self._on_device["opt"], self._on_device | {"opt": self._on_host["opt"]}
+            self.state = jax.device_put(state, self.shardings)
         graphs = self._graphs
         self._update = jax.jit(
-            lambda state, frozen, batch: _update(graphs, optimizer, state, frozen, batch),
+            lambda state, frozen, batch: _update(graphs, optimizer, state, frozen, batch, moments),
             donate_argnums=0,
             out_shardings=(self.shardings, replicated, replicated, replicated),
         )
@@ -83,21 +96,60 @@ class Step:
         is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
         self._frozen["extra"] = jax.tree.map(changed, self._frozen["extra"], is_leaf=is_variable)
 
+    def whole_state(self) -> dict[str, Any]:
+        """``state`` with all of it in device memory: what is saved, and how what was saved is laid out."""
+        return jax.device_put(self.state, self._on_device) if self._on_host else self.state
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved ``state``."""
+        """Go on from a saved ``whole_state``."""
         self.state, self.number = state, int(state["step"])
+        if self._on_host:
+            self.state = jax.device_put(state, self.shardings)
         self._publish()
+
+    def park(self) -> None:
+        """Put the parameters away into pinned host memory. No step can be taken until ``unpark``."""
+        self._move(self._on_host["params"])
+
+    def unpark(self) -> None:
+        self._move(self._on_device["params"])
+
+    def _move(self, where: Any) -> None:
+        with self.lock:
+            old = self.state["params"]
+            self.state["params"] = jax.block_until_ready(jax.device_put(old, where))
+            self._publish()
+            for x, there in zip(jax.tree.leaves(old), jax.tree.leaves(where), strict=True):
+                if x.sharding.memory_kind != there.memory_kind:  # JAX cannot donate from one kind to another
+                    x.delete()
 
     def _publish(self) -> None:
         nnx.update(self.model, self.state["params"]["student"])
         nnx.update(self.algorithm, self.state["params"]["extra"])
 
 
+class Parked:
+    """A step's parameters as one who takes turns on the devices: asleep they wait in pinned host memory."""
+
+    def __init__(self, step: Step) -> None:
+        self._step, self.pid = step, os.getpid()
+
+    def sleep(self, tags: Sequence[str]) -> None:
+        self._step.park()
+
+    def wake(self, tags: Sequence[str]) -> None:
+        self._step.unpark()
+
+
 def make_step(
-    model: nnx.Module, algorithm: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    model: nnx.Module,
+    algorithm: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    offload: Collection[str] = (),
 ) -> Step:
     """Compile-once training step; see ``Step``. ``mesh`` defaults to the one that the model's parameters live on."""
-    return Step(model, algorithm, optimizer, mesh)
+    return Step(model, algorithm, optimizer, mesh, offload)
 
 
 def _on_mesh(x: jax.Array, replicated: NamedSharding) -> jax.Array:
@@ -107,6 +159,11 @@ def _on_mesh(x: jax.Array, replicated: NamedSharding) -> jax.Array:
         if isinstance(x.sharding, NamedSharding) and x.sharding.mesh == replicated.mesh
         else jax.device_put(x, replicated)
     )
+
+
+def _in_host_memory(x: jax.Array) -> Any:
+    """Where ``x`` waits on the host, split as it is on the devices; a lone number stays there."""
+    return x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
 
 
 def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
@@ -119,13 +176,18 @@ def _split(model: nnx.Module, algorithm: nnx.Module) -> tuple[Any, dict, dict]:
     )
 
 
-def _update(graphs: Any, optimizer: optax.GradientTransformation, state: dict, frozen: dict, batch: Batch) -> Any:
+def _update(
+    graphs: Any, optimizer: optax.GradientTransformation, state: dict, frozen: dict, batch: Batch, moments: Any = None
+) -> Any:
     """The new state, the metrics of one global batch, a verdict, and what its terms say of each row, [A, N].
 
-    The verdict is 0.0, or NaN where the batch changed nothing.
+    The verdict is 0.0, or NaN where the batch changed nothing. Optimizer state on the host comes to where ``moments``
+    says, to be updated.
     """
     params = state["params"]
     total, shares, grads, by_row = _differentiate(graphs, params, frozen, batch)
+    if moments is not None:
+        state = state | {"opt": jax.device_put(state["opt"], moments)}
     updates, opt = optimizer.update(grads, state["opt"], params)
     new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
     metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
