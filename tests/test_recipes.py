@@ -1,4 +1,4 @@
-"""The recipes parse, every line of their table too, and the two files run at toy size."""
+"""The recipes parse, every line of their table too, and each file runs at toy size."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
 from kdjax.training.progress import Display
 
-pytestmark = pytest.mark.usefixtures("devices_as_asked")
-FILES = ("qwen3_30b_a3b_to_4b", "qwen3_4b_sft")
+pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")
+FILES = ("qwen3_30b_a3b_to_4b", "qwen3_4b_sft", "qwen3_30b_a3b_to_4b_on_policy")
 
 
 def test_the_table_names_every_file_and_parses(root, monkeypatch):
@@ -26,7 +26,7 @@ def test_the_table_names_every_file_and_parses(root, monkeypatch):
     assert {shlex.split(command)[1] for command in commands} == {
         f"configs/recipes/{p.name}" for p in folder.glob("*.yaml")
     }
-    assert len({config.output for config in configs}) == len(configs) == 7
+    assert len({config.output for config in configs}) == len(configs) == 8
     assert all(config.data.max_len == 4096 for config in configs)
     for config in configs:
         devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
@@ -49,6 +49,9 @@ def test_it_runs_at_toy_size(root, tiny_teacher, tmp_path, name):
     for side in ("train", "eval"):
         smaller += [f"data.{side}.0.path={file}", f"data.{side}.0.split=null"]
     config = load_config(root / "configs" / "recipes" / f"{name}.yaml")
+    if config.distill.on_policy_fraction:
+        smaller += ["data.max_len=128", "train.accumulate=2", "rollout.engines=2", "rollout.prompts=4"]
+        smaller += ["rollout.engine=transformers", "rollout.max_new_tokens=8"]
     if config.teacher.path is not None:
         smaller += [f"teacher.path={tiny_teacher}", "teacher.engine=transformers"]
     config = load_config(root / "configs" / "recipes" / f"{name}.yaml", smaller)
