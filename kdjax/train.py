@@ -13,6 +13,8 @@ from kdjax.errors import UserError
 from kdjax.quiet import quiet
 from kdjax.wording import as_yaml, kind_in_words
 
+PROFILED = 5  # steps: enough to tell a habit from an accident, and a trace that a browser opens
+
 
 def parse(argv: Sequence[str] | None = None) -> Config | None:
     """Read the command line; None when ``--print-config`` only asked to see the result."""
@@ -24,9 +26,11 @@ def parse(argv: Sequence[str] | None = None) -> Config | None:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the groups listed below")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and leave")
+    parser.add_argument("--profile", action="store_true", help=f"trace a few steps: short for log.profile={PROFILED}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values, as in train.steps=100")
     arguments = parser.parse_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    traced = [f"log.profile={PROFILED}"] * arguments.profile
+    config = load_config(arguments.config, [*traced, *arguments.overrides])
     if arguments.print_config:
         print(to_yaml(config), end="")
         return None

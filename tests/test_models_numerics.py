@@ -130,9 +130,28 @@ def test_remat_and_unrolling_change_nothing(pair):
         return jax.jit(jax.value_and_grad(lambda s: jnp.sum(nnx.merge(graph, s)(TOKENS) ** 2)))(state)
 
     plain = jax.tree.leaves(loss_and_gradient())
-    for options in (dict(remat="dots"), dict(remat="full"), dict(remat="full", unroll=True)):
+    kinds = [dict(remat=remat) for remat in ("dots", "full", "offload")]
+    for options in (*kinds, dict(remat="full", unroll=True), dict(remat="offload", unroll=True)):
         for a, b in zip(plain, jax.tree.leaves(loss_and_gradient(**options)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()), err_msg=str(options))
+
+
+def test_offloaded_inputs_of_layers_are_all_that_is_kept(pair):
+    """Between the passes the residuals are one [B, S, D] a layer, in the host's memory, and what `full` closes over."""
+    _, folder = pair("qwen3-tied")
+
+    def stacked(remat):
+        model = load_model(folder, remat=remat)
+        graph, state = nnx.split(model)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda s: jnp.sum(nnx.merge(graph, s)(TOKENS) ** 2)))(state)
+        forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+        depth, width = model.config.num_hidden_layers, model.config.hidden_size
+        return [v.aval for v in forward.outvars if v.aval.shape == (depth, *TOKENS.shape, width)]
+
+    (offloaded,) = stacked("offload")
+    (kept,) = stacked("full")
+    assert "host" in str(offloaded.memory_space).lower() and "host" not in str(kept.memory_space).lower()
+    assert len(stacked("none")) > 1
 
 
 def test_bfloat16_over_float32_masters(pair):
@@ -164,7 +183,7 @@ def test_unknown_choices_are_refused(pair):
     _, folder = pair("qwen3")
     for arguments, message in (
         (dict(dtype="float64"), "dtype 'float64' is not one of float32, bfloat16, float16"),
-        (dict(remat="some"), "remat 'some' is not one of none, dots, full"),
+        (dict(remat="some"), "remat 'some' is not one of none, dots, full, offload"),
         (dict(attention="flash"), "attention 'flash' is not one of xla, cudnn"),
         (dict(attention="cudnn"), "attention 'cudnn' needs dtype bfloat16 or float16, got float32"),
         (dict(init="zeros"), "model init: 'zeros' is not 'pretrained', 'random' or a list of layers"),

@@ -1,5 +1,7 @@
 """The step: the right loss, the same however it is cut up, and nothing that depends on chance."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -74,7 +76,24 @@ def test_weights_move_only_where_they_should():
     assert np.array_equal(np.asarray(step.model.embed.weight[...]), after["['student']['embed']['weight'].value"])
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_the_state_is_written_over_and_nothing_waits_for_the_host():
+    """Every array of the state has its input's memory, and a step neither fetches nor sends a number on its way."""
+    step = make()
+    batch = to_device(host_batch(0), step.mesh)
+    with jax.set_mesh(step.mesh):
+        text = step._update.lower(step.state, step._frozen, batch).compile().as_text()
+    aliased = text.partition("input_output_alias={")[2].partition("entry_computation_layout")[0]
+    leaves = len(jax.tree.leaves(step.state))
+    assert sorted(map(int, re.findall(r"\{\d+\}: \((\d+), \{\}", aliased))) == list(range(leaves))
+    assert not re.search(r"callback|outfeed|infeed|\b(send|recv)\(", text)
+    step(batch)
+    before = jax.tree.leaves(step.state)
+    with jax.transfer_guard("disallow"):
+        metrics = step(batch)
+    assert all(x.is_deleted() for x in before) and np.isfinite(float(metrics["loss"]))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_nothing(remat):
     plain, again = make(), make(student={"remat": remat})
     for a, b in zip(run(plain, 2), run(again, 2), strict=True):

@@ -29,8 +29,9 @@ class StudentConfig:
     """What the optimizer updates; bfloat16 parameters lose small updates."""
     export_dtype: Dtype | None = None
     """What the exported weights are stored in; none keeps param_dtype."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or layers; `offload`: from inputs on the
+    host."""
     scan_layers: bool = True
     """Compile one layer for all; false compiles each apart, which takes longer once and runs faster on a CPU."""
     attention: Literal["xla", "cudnn"] = "xla"
@@ -256,6 +257,8 @@ class CheckpointConfig:
 class LogConfig:
     every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
+    profile: int = Field(0, ge=0)
+    """Write a trace of so many steps to the output folder's `profile`, after a few that warm up."""
     tensorboard: bool = True
     """Write tensorboard event files."""
     wandb: bool = False

@@ -67,6 +67,7 @@ def _backward(plan: Plan, saved, cotangents):
 _totals_and_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@jax.named_scope("fused_loss")
 def _run(plan: Plan, sides: tuple[Side, ...], fixed: Fixed, asked: tuple[Side, ...]):
     # The products are taken in the dtype of the activations; a cast before the head is gathered moves fewer bytes.
     sides = tuple(side._replace(weight=side.weight.astype(side.hidden.dtype)) for side in sides)

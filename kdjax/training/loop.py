@@ -31,6 +31,7 @@ from kdjax.training.interrupt import Interrupt
 from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer, make_schedule
 from kdjax.training.preflight import check_export, check_student, check_teacher
+from kdjax.training.profile import Profiler, doing
 from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
@@ -103,7 +104,12 @@ class _Run:
                 self._describe(start)
                 if start == 0:
                     self._evaluate(0)
-                with display.bar(self.steps, start), Interrupt(display.line, self._leave_at_once) as self.interrupt:
+                traced = (self.folder / "profile", config.log.profile, start, self.steps, display.line)
+                with (
+                    display.bar(self.steps, start),
+                    Interrupt(display.line, self._leave_at_once) as self.interrupt,
+                    Profiler(*traced) as self.profiler,
+                ):
                     self._loop(start)
                 self._finish()
         if config.log.report:
@@ -153,7 +159,9 @@ class _Run:
             # The next step is dispatched before this one is looked at, so that looking never makes the device wait;
             # not where the state of this very step is still needed.
             pending = None if last or evaluate or save else self._dispatch()
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
+            with doing("wait for the step"):
+                values = {name: float(value) for name, value in jax.device_get(values).items()}
+            self.profiler.done(number)
             self._refuse_nonsense(number, values, batch)
             self._refuse_strangers(number, values)
             self.run_folder.keep()
@@ -187,10 +195,14 @@ class _Run:
         """Take a batch and start its step; None where the run was asked to stop, or for a ``fault``."""
         try:
             over = self.interrupt.asked or self.fault
-            batch = None if over else self.stream.take(lambda: self.interrupt.asked)
+            with doing("wait for a batch"):
+                batch = None if over else self.stream.take(lambda: self.interrupt.asked)
         except (EngineError, UserError) as error:
             self.fault, batch = error, None  # what was learnt up to here is saved first
-        return None if batch is None else (batch, self.step(batch))
+        if batch is None:
+            return None
+        with self.profiler.step(self.step.number + 1):
+            return batch, self.step(batch)
 
     def _leave_at_once(self) -> None:
         self.stream.kill()

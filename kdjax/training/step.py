@@ -186,10 +186,11 @@ def _update(
     """
     params = state["params"]
     total, shares, grads, by_row = _differentiate(graphs, params, frozen, batch)
-    if moments is not None:
-        state = state | {"opt": jax.device_put(state["opt"], moments)}
-    updates, opt = optimizer.update(grads, state["opt"], params)
-    new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
+    with jax.named_scope("optimizer"):
+        if moments is not None:
+            state = state | {"opt": jax.device_put(state["opt"], moments)}
+        updates, opt = optimizer.update(grads, state["opt"], params)
+        new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
     metrics = shares | {"loss": total, "grad_norm": optax.tree.norm(grads)}
     sound = _is_sound((total, shares, grads, by_row))
     if batch.teacher_hidden:
