@@ -12,6 +12,8 @@ from kdjax.config.generate import GenerateConfig
 from kdjax.config.group import Dtype, group
 from kdjax.config.rollout import RolloutConfig, check_followers
 
+DEFAULT_BATCH = 8
+
 
 @group
 class StudentConfig:
@@ -178,8 +180,10 @@ class TrainConfig:
     """Optimizer steps; none means `epochs` passes over the data."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the data when `steps` is not given, to the nearest step that a sample of the data predicts."""
-    batch_size: int = Field(8, ge=1)
-    """Packed rows in one optimizer step, over all devices."""
+    batch_size: int | None = Field(None, ge=1)
+    """Rows in one optimizer step, over all devices; none means 8, or what `tokens_per_batch` leads to."""
+    tokens_per_batch: int | None = Field(None, ge=1)
+    """Instead of batch_size and packing: positions in one optimizer step, as many short rows or as few long ones."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches that a step is computed in; the result does not depend on it."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -216,7 +220,11 @@ class TrainConfig:
     """Stop after this many evaluations without a better held-out loss."""
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.accumulate:
+        if self.tokens_per_batch is not None and self.batch_size is not None:
+            raise ValueError("train.batch_size and train.tokens_per_batch both say how large a batch is; keep one")
+        if self.tokens_per_batch is None and self.batch_size is None:
+            object.__setattr__(self, "batch_size", DEFAULT_BATCH)
+        if self.batch_size is not None and self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}; "
                 "choose a divisor"
@@ -328,4 +336,16 @@ class Config:
                 "train.offload=[parameters] puts them away while engines hold the devices: set colocate=true, or "
                 "offload the optimizer alone"
             )
+        self._check_budget()
         check_followers(self)
+
+    def _check_budget(self) -> None:
+        if self.train.tokens_per_batch is None:
+            return
+        if self.data.packing:
+            raise ValueError(
+                "train.tokens_per_batch puts one document in a row: set data.packing=false; packed rows hold "
+                "train.batch_size × data.max_len tokens as it is"
+            )
+        if self.distill.on_policy_fraction:
+            raise ValueError("train.tokens_per_batch takes documents of data; with rollouts set train.batch_size")

@@ -89,7 +89,9 @@ class Document:
 class Batch:
     """One micro-batch, or a stack of A of them with a leading axis; numpy on the host, jax.Array on devices.
 
-    Segment 0 is padding, segments count from 1 within a row and positions restart with each. ``rows`` index the
+    Segment 0 is padding, segments count from 1 within a row and positions restart with each. Without packing there are
+    no segments (None): a row is one document with padding behind it, which causal attention never sees, so that no
+    kernel has to mask anything else. ``rows`` index the
     flattened ``[B/G * S]`` positions of a data shard, so gathering never leaves the shard; padding entries are 0, with
     ``mask`` False. ``teacher_hidden`` has one array a teacher and is filled in by whatever asked the teachers.
     ``extras`` are further numbers of each loss row, by name; a batch of data has none, one of rollouts says how each
@@ -98,7 +100,7 @@ class Batch:
 
     tokens: Int32[Array | np.ndarray, "*A B S"]
     positions: Int32[Array | np.ndarray, "*A B S"]
-    segment_ids: Int32[Array | np.ndarray, "*A B S"]
+    segment_ids: Int32[Array | np.ndarray, "*A B S"] | None
     rows: Int32[Array | np.ndarray, "*A G N"]
     labels: Int32[Array | np.ndarray, "*A G*N"]
     mask: Bool[Array | np.ndarray, "*A G*N"]
@@ -165,17 +167,21 @@ def collate(
     shards: int = 1,
     known: Collection[int] = (),
     extras: Sequence[str] = (),
+    packed: bool = True,
 ) -> HostBatch:
     """Lay out at most ``accumulate * batch`` rows, each a list of documents, as one HostBatch.
 
     Rows are dealt to micro-batches and data shards so that each gets nearly the same number of loss rows: N is the
     largest of them, raised to a static size (``bucket``, with the ``known`` ones). Missing rows are padding. The batch
-    gets these ``extras`` of the documents, 0 where a document has none.
+    gets these ``extras`` of the documents, 0 where a document has none. Not ``packed``, a row is one document at most,
+    and the batch has no segments.
     """
     if batch % shards:
         raise ValueError(f"{batch} rows do not divide over {shards} data shards")
     if len(rows) > accumulate * batch:
         raise ValueError(f"{len(rows)} rows do not fit {accumulate} micro-batches of {batch}")
+    if not packed and max(map(len, rows), default=0) > 1:
+        raise ValueError("several documents in a row need segments: packed=True")
     per_shard = batch // shards
     groups = _deal([sum(len(d.labels) for d in row) for row in rows], accumulate * shards, per_shard)
     loss_rows = [sum(len(d.labels) for i in group for d in rows[i]) for group in groups]
@@ -210,7 +216,15 @@ def collate(
     used = sum(len(d) for row in rows for d in row)
     numbers = {name: values.reshape(flat) for name, values in numbers.items()}
     return HostBatch(
-        batch=Batch(tokens, positions, segments, index, labels.reshape(flat), mask.reshape(flat), extras=numbers),
+        batch=Batch(
+            tokens,
+            positions,
+            segments if packed else None,
+            index,
+            labels.reshape(flat),
+            mask.reshape(flat),
+            extras=numbers,
+        ),
         documents=tuple(placed),
         tokens=used,
         loss_tokens=sum(loss_rows),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import grain
 import numpy as np
 
 from kdjax.data.batch import Document, HostBatch, collate
+from kdjax.data.budget import WINDOW, TokenBudget
 from kdjax.data.packing import pack
 from kdjax.data.prepare import Prepared, open_sources
 from kdjax.errors import UserError
@@ -19,6 +21,8 @@ from kdjax.errors import UserError
 # Documents read for a group of rows, as a share of what the rows hold: the surplus gives the packer something to choose
 # from, and what finds no room opens the next group.
 SURPLUS = 1.25
+
+Waiting = list[tuple[tuple[int, int], Document]]  # documents with their names: the row they are from, number within it
 
 
 @dataclass
@@ -61,6 +65,7 @@ class DataStream(Iterator[HostBatch]):
       data: the ``data`` group of the configuration (or anything with the same fields).
       tokenizer: a fast transformers tokenizer.
       batch: rows in a micro-batch (B), over all data shards; ``accumulate`` (A) of them make a HostBatch.
+      tokens_per_batch: instead of ``batch``, positions in a HostBatch (``TokenBudget``); nothing is packed then.
       shards: data shards (G); must divide ``batch``.
       seq_len: tokens in a row (S); ``data.max_len`` by default. Documents longer than it are dropped or cut.
       seed: decides order and mixture.
@@ -73,7 +78,8 @@ class DataStream(Iterator[HostBatch]):
 
     At the end of the data the last batch is filled up with padding, so every document is seen once an epoch; nothing is
     dropped. With packing, rows are filled ``data.packing_bins`` at a time, so a few documents of two epochs may share a
-    row. All processes of a run read the same stream and take their part of each batch.
+    row; with a budget of tokens no batch holds documents of two epochs. All processes of a run read the same stream and
+    take their part of each batch.
 
     Raises UserError for bad input, while opening or when the row comes up.
     """
@@ -83,7 +89,8 @@ class DataStream(Iterator[HostBatch]):
         data: Any,
         tokenizer: Any,
         *,
-        batch: int,
+        batch: int | None = None,
+        tokens_per_batch: int | None = None,
         accumulate: int = 1,
         shards: int = 1,
         seq_len: int | None = None,
@@ -94,10 +101,17 @@ class DataStream(Iterator[HostBatch]):
         in_order: bool = False,
         max_rows: int | None = None,
     ):
-        if batch % shards:
+        if (batch is None) == (tokens_per_batch is None):
+            raise ValueError("a stream's batches have either `batch` rows or `tokens_per_batch` positions")
+        if batch is not None and batch % shards:
             raise UserError(f"train: a micro-batch of {batch} rows does not divide over {shards} data shards")
-        self._data, self._shape = data, {"batch": batch, "accumulate": accumulate, "shards": shards}
+        self._data, self._rows_each = data, batch
+        self._packed = data.packing and batch is not None
+        self._parts = {"accumulate": accumulate, "shards": shards}
         self._seq_len = data.max_len if seq_len is None else seq_len
+        self._budget = None
+        if tokens_per_batch is not None:
+            self._budget = TokenBudget(tokens_per_batch, self._seq_len, **self._parts)
         self._seed = seed
         sources = data.train if sources is None else sources
         opened = open_sources(sources, data, tokenizer, max_len=self._seq_len, vocab_size=vocab_size, seed=seed)
@@ -108,17 +122,22 @@ class DataStream(Iterator[HostBatch]):
         ends = [] if epochs is None else [max(1, round(epochs * self.rows_per_epoch))]
         self._end = min([*ends, *([] if max_rows is None else [max_rows])], default=None)
         self._reader = self._read()
-        self._loss_sizes: set[int] = set()
+        self._loss_sizes: dict[int, set[int]] = defaultdict(set)  # by the rows' length
         self.statistics = Statistics()
         self._start_group(next_row=0, waiting=[])
 
     def __next__(self) -> HostBatch:
-        want = self._shape["batch"] * self._shape["accumulate"]
-        rows = list(itertools.islice(self._packed_rows(), want))
+        if self._budget is None:
+            length, batch = self._seq_len, self._rows_each
+            rows = list(itertools.islice(self._packed_rows(), batch * self._parts["accumulate"]))
+        else:
+            length, rows = self._chosen_rows()
+            batch = self._budget.rows(length)
         if not rows:
             raise StopIteration
-        host = collate(rows, seq_len=self._seq_len, known=self._loss_sizes, **self._shape)
-        self._loss_sizes.add(host.batch.rows.shape[-1])
+        known = self._loss_sizes[length]
+        host = collate(rows, seq_len=length, batch=batch, known=known, packed=self._packed, **self._parts)
+        self._loss_sizes[length].add(host.batch.rows.shape[-1])
         self.statistics.batches += 1
         self.statistics.tokens += host.tokens
         self.statistics.loss_tokens += host.loss_tokens
@@ -127,16 +146,14 @@ class DataStream(Iterator[HostBatch]):
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch: plain numbers, ready for JSON. Exact, inside a group of rows too."""
-        return copy.deepcopy(
-            {
-                "seed": self._seed,
-                "sizes": self._sizes,
-                "group": self._group,
-                "emitted": self._emitted,
-                "loss_sizes": sorted(self._loss_sizes),
-                "statistics": asdict(self.statistics),
-            }
-        )
+        return {
+            "seed": self._seed,
+            "sizes": self._sizes,
+            "group": self._group,
+            "emitted": self._emitted,
+            "loss_sizes": {str(length): sorted(sizes) for length, sizes in self._loss_sizes.items()},
+            "statistics": asdict(self.statistics),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. Batch, accumulation and shards may differ from those of the run that saved it.
@@ -147,7 +164,9 @@ class DataStream(Iterator[HostBatch]):
             if state[key] != mine:
                 what = "seed" if key == "seed" else "number of rows in the sources"
                 raise UserError(f"data: the {what} was {state[key]} when the checkpoint was saved and is {mine} now")
-        group, self._loss_sizes = state["group"], set(state["loss_sizes"])
+        group = state["group"]
+        self._loss_sizes.clear()
+        self._loss_sizes |= {int(length): set(sizes) for length, sizes in state["loss_sizes"].items()}
         wanted = {tuple(name) for name in group["waiting"]}
         first = min((row for row, _ in wanted), default=group["next_row"])
         self._reader.set_state({"next_index": first})
@@ -169,13 +188,17 @@ class DataStream(Iterator[HostBatch]):
     def estimate_batches(self, epochs: float = 1.0, sample: int = 1000) -> int:
         """How many batches ``epochs`` passes make, judged by packing at most ``sample`` rows spread over the data.
 
-        Reads and tokenizes those rows anew. Depends on data, configuration and seed alone, so an interrupted run and an
-        uninterrupted one get the same number.
+        Reads and tokenizes those rows anew. With a budget of tokens all batches count as full, those at the end of an
+        epoch too. Depends on data, configuration and seed alone, so an interrupted run and an uninterrupted one get the
+        same number.
         """
         total = max(1, round(epochs * self.rows_per_epoch))
         count = min(sample, self.rows_per_epoch)
         chosen = (self._rows[i * self.rows_per_epoch // count] for i in range(count))
         lengths = [len(d) for prepared in chosen for d in prepared.documents]
+        if self._budget is not None:
+            share = sum(1 / self._budget.documents(self._budget.fit(length)) for length in lengths)
+            return max(1, math.ceil(share * total / count))
         rows = len(lengths)
         if self._data.packing:
             rows, left = 0, lengths
@@ -184,15 +207,15 @@ class DataStream(Iterator[HostBatch]):
                 filled, rest = pack(window, rows=self._data.packing_bins, seq_len=self._seq_len)
                 rows += len(filled)
                 left = [window[i] for i in rest] + left[len(window) :]
-        return max(1, -(-rows * total // (count * self._shape["batch"] * self._shape["accumulate"])))
+        return max(1, -(-rows * total // (count * self._rows_each * self._parts["accumulate"])))
 
     def _read(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=self._data.workers, prefetch_buffer_size=16 * self._data.workers)
         rows = self._rows if self._end is None else self._rows.slice(slice(0, self._end))
         return iter(rows.to_iter_dataset(options))
 
-    def _start_group(self, next_row: int, waiting: list[tuple[tuple[int, int], Document]], number: int = 0) -> None:
-        """Begin a group of rows: remember what it takes to build it again."""
+    def _start_group(self, next_row: int, waiting: Waiting, number: int = 0) -> None:
+        """Begin a group of rows: remember what it takes to build it again, in values that are never changed."""
         self._next_row, self._waiting = next_row, waiting
         self._group = {
             "number": number,
@@ -236,7 +259,24 @@ class DataStream(Iterator[HostBatch]):
         self._filled = [[waiting[i][1] for i in row] for row in filled]
         self._left = [waiting[i] for i in left]
 
-    def _next_documents(self) -> list[tuple[tuple[int, int], Document]] | None:
+    def _chosen_rows(self) -> tuple[int, list[list[Document]]]:
+        """The length of rows and the documents, one a row, of the next batch within the budget: a group of its own."""
+        waiting, tokens = list(self._waiting), sum(len(d) for _, d in self._waiting)
+        while not waiting or (tokens < WINDOW * self._budget.tokens and self._next_row % self.rows_per_epoch):
+            documents = self._next_documents()
+            if documents is None:
+                break
+            waiting += documents
+            tokens += sum(len(d) for _, d in documents)
+        if not waiting:
+            return self._seq_len, []
+        length, chosen = self._budget.choose([len(d) for _, d in waiting])
+        gone = set(chosen)
+        left = [named for i, named in enumerate(waiting) if i not in gone]
+        self._start_group(self._next_row, left, self._group["number"] + 1)
+        return length, [[waiting[i][1]] for i in chosen]
+
+    def _next_documents(self) -> Waiting | None:
         """Documents of the next row, each with its name (row, number); None at the end of the data."""
         prepared: Prepared | None = next(self._reader, None)
         if prepared is None or (not self.statistics.documents and self.statistics.rows >= self.rows_per_epoch):

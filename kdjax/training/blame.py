@@ -48,13 +48,14 @@ def _bad(unsound: np.ndarray, placed: Placed, host: HostBatch) -> bool:
 
 def _only(arrays: Batch, host: HostBatch, documents: Sequence[Placed]) -> Batch:
     """The batch with ``documents`` alone; all else is padding, and the teacher's rows there are zero."""
-    tokens, mask = np.zeros_like(host.batch.tokens), np.zeros_like(host.batch.mask)
-    segments = np.zeros_like(host.batch.segment_ids)
+    changed = {"tokens": np.zeros_like(host.batch.tokens), "mask": np.zeros_like(host.batch.mask)}
+    if host.batch.segment_ids is not None:
+        changed["segment_ids"] = np.zeros_like(host.batch.segment_ids)
     for p in documents:
         place = (p.micro, p.row, slice(p.start, p.start + len(p.document)))
-        tokens[place], segments[place] = host.batch.tokens[place], host.batch.segment_ids[place]
-        mask[p.micro, _rows(p, host)] = True
-    changed = {"tokens": tokens, "segment_ids": segments, "mask": mask}
+        for name in changed.keys() - {"mask"}:
+            changed[name][place] = getattr(host.batch, name)[place]
+        changed["mask"][p.micro, _rows(p, host)] = True
     changed = {name: jax.device_put(x, getattr(arrays, name).sharding) for name, x in changed.items()}
     hidden = tuple(jnp.where(changed["mask"][..., None], rows, 0) for rows in arrays.teacher_hidden)
     return replace(arrays, **changed, teacher_hidden=hidden)

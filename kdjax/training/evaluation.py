@@ -79,11 +79,12 @@ def response_positions(batch: Batch) -> Int32[Array, " G*N"]:
     Padding entries hold anything. ``batch`` is one micro-batch.
     """
     shards, count = batch.rows.shape
-    segments = jnp.take_along_axis(batch.segment_ids.reshape(shards, -1), batch.rows, axis=1)
-    packed_rows = batch.rows // batch.tokens.shape[-1]
-    # A document's loss rows lie side by side, so a document begins where its packed row or its segment changes.
+    # A document's loss rows lie side by side, so a document begins where its row or its segment changes.
     begins = jnp.ones((shards, count), bool)
-    changed = (jnp.diff(segments, axis=1) != 0) | (jnp.diff(packed_rows, axis=1) != 0)
+    changed = jnp.diff(batch.rows // batch.tokens.shape[-1], axis=1) != 0
+    if batch.segment_ids is not None:
+        segments = jnp.take_along_axis(batch.segment_ids.reshape(shards, -1), batch.rows, axis=1)
+        changed |= jnp.diff(segments, axis=1) != 0
     begins = begins.at[:, 1:].set(changed)
     places = jnp.arange(count, dtype=jnp.int32)
     return (places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)).reshape(-1)

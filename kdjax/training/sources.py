@@ -32,6 +32,7 @@ from kdjax.data import (
     load_tokenizer,
     valid_ids,
 )
+from kdjax.data.budget import TokenBudget
 from kdjax.data.files import refuse_missing
 from kdjax.errors import UserError
 from kdjax.losses import Head
@@ -80,12 +81,7 @@ class Stream:
         self.config, self._tell = config, tell
         self.mesh = mesh if mesh is not None else make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.shards = data_shards(self.mesh)
-        rows = config.train.batch_size // config.train.accumulate
-        if rows % self.shards:
-            raise UserError(
-                f"train.batch_size={config.train.batch_size} over accumulate={config.train.accumulate} leaves {rows} "
-                f"row(s) for {self.shards} data shards (mesh.data × mesh.fsdp); make it a multiple"
-            )
+        rows = _rows(config, self.shards)
         self._exit = ExitStack()
         self.engine: TeacherEngine | None = None
         self._worker: Ahead[tuple[HostBatch, Lease | None, dict[str, float]]] | None = None
@@ -119,6 +115,8 @@ class Stream:
             head = replace(self.engine.head, valid=self._shared_ids(self.engine.head))
             self.teachers = (Teacher(head, head.width, config.teacher.path),)
         shape = self._shape | {"accumulate": config.train.accumulate}
+        if config.train.tokens_per_batch is not None:
+            shape |= {"batch": None, "tokens_per_batch": config.train.tokens_per_batch}
         if config.distill.on_policy_fraction:
             self.data = RolloutStream(config, self.tokenizer, **shape)
             self._waits = self.data.waits
@@ -323,6 +321,20 @@ class Stream:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _rows(config: Config, shards: int) -> int:
+    """Rows of ``data.max_len`` tokens in a micro-batch over all shards."""
+    train, longest = config.train, config.data.max_len
+    if train.tokens_per_batch is not None:
+        return TokenBudget(train.tokens_per_batch, longest, train.accumulate, shards).rows(longest)
+    rows = train.batch_size // train.accumulate
+    if rows % shards:
+        raise UserError(
+            f"train.batch_size={train.batch_size} over accumulate={train.accumulate} leaves {rows} "
+            f"row(s) for {shards} data shards (mesh.data × mesh.fsdp); make it a multiple"
+        )
+    return rows
 
 
 def to_device(batch: Batch, mesh: Mesh) -> Batch:

@@ -55,7 +55,8 @@ class TeacherEngine:
         self.before: Callable[[], None] = lambda: None
         self.restarted: Callable[[RemoteEngine], None] = lambda engine: None
         self._timeout, self._slots = teacher.timeout, slots
-        self._slot_rows = config.train.batch_size * config.data.max_len // shards
+        train = config.train
+        self._slot_rows = (train.tokens_per_batch or train.batch_size * config.data.max_len) // shards
         self._lent: deque[tuple[jax.Array, Lease]] = deque()
         with ExitStack() as opened:
             # On GPUs each data shard has rows of its own on every GPU that trains on it; a CPU's devices share memory.
