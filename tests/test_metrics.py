@@ -60,11 +60,14 @@ def test_a_torn_line_does_not_stop_a_resume(tmp_path, torn):
 
 
 def test_wandb_offline_receives_configuration_and_numbers(tmp_path):
+    import wandb
+
     config = configured(wandb=True, wandb_mode="offline", wandb_project="mine", wandb_name="first", wandb_group="set")
     with Metrics(tmp_path, config) as metrics:
         metrics.write(3, {"loss": 2.5, "eval/ce": 1.25})
     with Metrics(tmp_path, config, resumed_at=3) as metrics:
         metrics.write(4, {"loss": 2.0})
+    wandb.teardown()  # waits for W&B's own process, which writes the last records after finish() has returned
     runs, history = [], []
     for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for record in wandb_records(file.read_bytes()):
