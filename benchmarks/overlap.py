@@ -30,6 +30,7 @@ TRAINER, ENGINE = 0, 1  # cores
 STEPS, WINDOW, WARM = 60, 5, 3  # steps of a run and of a line of metrics; lines that still compile
 LOOK_SECONDS = 0.2
 OVERRIDES = (
+    "overwrite=true",  # each round anew
     "teacher.threads=1",
     "train.eval_every=null",
     "train.eval_rows=4",

@@ -6,7 +6,8 @@
 First the seconds of a step are measured, with and without a teacher in turn; the fastest few steps of each count, as
 others on the machine can only slow them down. Then each seed trains the quickstart's student with its teacher and by
 supervised fine-tuning (SFT): for as many steps, for as many seconds, and both for ``LONG`` times the steps, where of
-SFT the best evaluation counts and of distillation the last. Stopped, it goes on where it was; ``--fresh`` starts anew.
+SFT the best evaluation counts and of distillation the last. Stopped, it goes on where it was, and a run whose
+configuration has changed since is made anew; ``--fresh`` starts anew with all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.record import record, write_between
+from benchmarks.record import commit, record, write_between
+from kdjax.config import load_config
+from kdjax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -30,6 +33,7 @@ RUNS = ROOT / "runs" / "benchmark" / "quickstart"
 RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 README = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
+COMMIT = "commit"  # of a run's folder: the file that says which one made it
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
 LONG = 2
 TIMED_STEPS, TIMED_RUNS, WINDOW = 60, 3, 5
@@ -42,12 +46,31 @@ def overrides(out: Path, seed: int, steps: int, *more: str) -> list[str]:
 
 
 def run(name: str, seed: int, steps: int, *more: str) -> list[dict[str, Any]]:
-    """Train, unless that is done, and return the run's metrics."""
+    """Train, unless that is done with the same configuration, and return the run's metrics."""
     out = RUNS / f"{name}-{seed}"
-    if not (out / "result.json").exists():
-        command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), *overrides(out, seed, steps, *more)]
+    asked = overrides(out, seed, steps, *more)
+    same = is_run_of(out, asked)
+    if not (same and (out / "result.json").exists()):
+        fresh = [] if same else ["overwrite=true"]
+        command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), *asked, *fresh]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        (out / COMMIT).write_text(commit())
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_run_of(out: Path, asked: list[str]) -> bool:
+    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now."""
+    try:
+        saved = load_config(out / "config.yaml", [f"output={out}", "overwrite=false"])
+    except UserError:  # nothing there, or a configuration of another version
+        return False
+    return saved == load_config(CONFIG, asked)
+
+
+def made_at() -> str:
+    """The commits that the finished runs were made at; "unknown" stands for runs that do not say."""
+    notes = [folder.parent / COMMIT for folder in RUNS.glob("*/result.json")]
+    return ", ".join(sorted({note.read_text() if note.exists() else "unknown" for note in notes}))
 
 
 def step_seconds() -> dict[str, list[float]]:
@@ -92,7 +115,7 @@ def measure(seeds: list[int]) -> dict[str, Any]:
     for seed in seeds:
         runs["kd_long"].append(held_out("kd_long", seed, LONG * steps, often))
         runs["sft_long"].append(held_out("sft_long", seed, LONG * steps, often, *SFT))
-    return {"seeds": seeds, "step_seconds": timed, "runs": runs}
+    return {"commit": made_at(), "seeds": seeds, "step_seconds": timed, "runs": runs}
 
 
 def table(result: dict[str, Any]) -> str:

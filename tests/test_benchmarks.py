@@ -14,12 +14,49 @@ from benchmarks import divergences, fused_loss, growth, overlap, quickstart, tab
 from benchmarks.lines import LINES
 from benchmarks.naive import DIVERGENCES, JAX, torch_library
 from kdjax.config import load_config
+from kdjax.training.folder import RunFolder
 
 
 def test_benchmarks_ask_for_configurations_that_hold(tmp_path):
     for more in ((), quickstart.SFT, overlap.OVERRIDES):
         assert load_config(quickstart.CONFIG, quickstart.overrides(tmp_path, 1, 7, *more)).train.steps == 7
     assert load_config(quickstart.CONFIG, trl_gkd.overrides(tmp_path, 7)).distill.kd_ratio == 1.0
+
+
+def test_a_second_round_of_overlap_starts_anew(tmp_path):
+    config = load_config(quickstart.CONFIG, quickstart.overrides(tmp_path, 0, 7, *overlap.OVERRIDES))
+    for _ in range(2):  # a finished run in the folder would be refused
+        with RunFolder(config) as folder:
+            folder.keep()
+            for name in ("checkpoints/7", "export"):
+                (tmp_path / name).mkdir(parents=True)
+            folder.finish({"steps": 7})
+
+
+def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, monkeypatch):
+    asked = []
+
+    def train(command, **_):
+        asked.append("overwrite=true" in command)
+        config = load_config(quickstart.CONFIG, command[command.index(str(quickstart.CONFIG)) + 1 :])
+        with RunFolder(config) as folder:
+            folder.keep()
+            (folder.path / "metrics.jsonl").write_text(json.dumps({"steps": config.train.steps}) + "\n")
+            folder.finish({})
+
+    monkeypatch.setattr(quickstart, "RUNS", tmp_path)
+    monkeypatch.setattr(quickstart.subprocess, "run", train)
+    monkeypatch.setattr(quickstart, "commit", lambda: "abc")
+    assert quickstart.run("kd", 0, 7) == quickstart.run("kd", 0, 7) == [{"steps": 7}]
+    assert quickstart.made_at() == "abc" and asked == [True]
+    assert quickstart.run("kd", 0, 8) == [{"steps": 8}]
+    quickstart.run("kd", 0, 8, *quickstart.SFT)
+    assert asked == [True] * 3
+    (tmp_path / "kd-0" / "result.json").unlink()  # stopped on the way: it goes on
+    quickstart.run("kd", 0, 8, *quickstart.SFT)
+    assert asked == [True] * 3 + [False]
+    (tmp_path / "kd-0" / "commit").unlink()
+    assert quickstart.made_at() == "unknown"
 
 
 def test_programs_take_turns_and_a_round_lasts_as_long_as_asked():
