@@ -44,6 +44,7 @@ def evaluate(
     from flax import nnx
 
     from kdjax.models import load_model
+    from kdjax.training.compiled import keep_compiled
     from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
     from kdjax.training.preflight import check_teacher
     from kdjax.training.saved import load_saved
@@ -55,6 +56,7 @@ def evaluate(
     if model is not None:
         own = replace(config.student, path=str(model), init="pretrained", config={}, layers=())
         config = replace(config, student=own)
+    keep_compiled(config.train.compilation_cache, lambda line: print(line, file=sys.stderr))
     with Stream(config, log=Path(config.output) / "evaluate.log") as stream:
         if model is not None:
             student = load_model(model, mesh=stream.mesh, dtype=config.student.dtype)

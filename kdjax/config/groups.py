@@ -206,6 +206,8 @@ class TrainConfig:
     """Clip the global gradient norm; none does not."""
     offload: tuple[Literal["optimizer", "parameters"], ...] = ()
     """Kept in pinned host memory: optimizer state but for updates; parameters while engines work (`colocate`)."""
+    compilation_cache: str | None = "auto"
+    """Folder for compiled programs, found again at the next start; `auto`: the user's cache folder; none keeps none."""
     seed: int = Field(42, ge=0)
     """Decides initial weights and data order."""
     eval_every: int | None = Field(None, ge=1)

@@ -23,7 +23,7 @@ from kdjax.errors import UserError
 _FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "generate"} | {
     f"{group}.{key}"
     for group, keys in {
-        "train": "eval_every eval_rows eval_functions offload",
+        "train": "eval_every eval_rows eval_functions offload compilation_cache",
         "data": "workers",
         "teacher": "engine tp pp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
         "resident",

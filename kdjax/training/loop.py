@@ -25,6 +25,7 @@ from kdjax.models import export_hf, load_model
 from kdjax.training.about import machine, note, now
 from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.compiled import keep_compiled
 from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
 from kdjax.training.folder import RunFolder
 from kdjax.training.interrupt import Interrupt
@@ -73,6 +74,7 @@ class _Run:
         check_names(config)
         check_evaluations(config.train.eval_functions)
         check_log(config.log)
+        keep_compiled(config.train.compilation_cache, display.line)
         with (
             RunFolder(config) as self.run_folder,
             self._open_stream() as self.stream,
