@@ -18,7 +18,7 @@ test: setup
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: setup
-	$(BIN)/python -m pytest $(PARALLEL) -m "full or not full"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest $(PARALLEL) -m "full or not full"
 
 bench: setup  ## what a CPU can measure, alone on the machine: over an hour, 12 GB; then the README's table
 	$(BIN)/python -m benchmarks.transport

@@ -12,6 +12,8 @@ import pytest
 import kdjax.losses as losses
 from kdjax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SIZES = (53, 151_936)
 ARGUMENTS = {
     "jsd": {"jsd_beta": 0.3},

@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from kdjax.losses import Head, linear_objective, linear_statistics
 from kdjax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROWS, WIDTH, TEACHER_WIDTH = 21, 8, 12  # rows that no mesh divides
 
 

@@ -10,6 +10,8 @@ from step_tools import SHAPE, S, config, documents, host_batch, make, parameters
 from kdjax.models import load_model
 from kdjax.training.sources import to_device
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def close(a, b, tolerance):
     """‖a − b‖ ≤ tolerance · ‖a‖ for every parameter. Not entry by entry: where a gradient is nearly zero, Adam makes a
