@@ -6,10 +6,14 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from kdjax.config import from_dict, load_config, reference
 
@@ -129,12 +133,36 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
     assert (tmp_path / "site" / "quickstart" / "index.html").exists() and (tmp_path / "site" / "way.svg").exists()
 
 
-def test_the_image_is_pinned_as_the_tests_are():
-    text = (ROOT / "docker" / "Dockerfile").read_text()
-    assert re.fullmatch(r"FROM nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu[\d.]+", text.split("\n\n")[0].splitlines()[-1])
-    pinned = {pin.replace("[cuda13]", "") for pin in re.findall(r'"([^"]+==[^"]+)"', text)}
-    tested = {line for file in (ROOT / "requirements").glob("*.txt") for line in file.read_text().splitlines()}
-    assert {name.partition("==")[0] for name in pinned} >= {"jax", "sglang"} and pinned <= tested
+def pins(file: Path) -> dict[str, str]:
+    """name → version of every ``name==version``"""
+    lines = [line.split("==") for line in file.read_text().splitlines() if "==" in line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in lines}
+
+
+def test_the_image_is_pinned_and_its_pins_fit():
+    text, constraints = (ROOT / "docker" / "Dockerfile").read_text(), ROOT / "docker" / "constraints.txt"
+    assert re.search(r"^FROM nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu[\d.]+$", text, flags=re.M)
+    installs = re.findall(r"pip install (.*)", text)
+    assert len(installs) == 2 and all(line.startswith("-c /opt/constraints.txt ") for line in installs)
+    pinned = pins(constraints)
+    assert all("==" in line or line.startswith("#") for line in constraints.read_text().splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["gpu"], *requires("sglang")]
+    on_a_node = {"extra": "", "sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.12"}
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is None or requirement.marker.evaluate(on_a_node):
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    tested = {}
+    for file in (ROOT / "requirements").glob("*.txt"):
+        tested |= pins(file)
+    # Builds for a CPU are others: SGLang names the versions for a GPU itself.
+    assert {name for name in tested if pinned[name] != tested[name]} == {"torch", "torchvision", "triton"}
+
+
+def test_the_image_gets_nothing_that_git_ignores():
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {f"**/{name}" for name in ignored} | {".git"} <= set(left_out)
 
 
 def test_the_navigation_holds_every_page():
