@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 # No space, no quota, and the limit of a file's size: each leaves what was being written cut off.
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,8 +31,27 @@ def why_full(error: BaseException) -> str | None:
     return next((os.strerror(n) for n in _NUMBERS if os.strerror(n) in str(error)), None)
 
 
+@contextmanager
+def whole(path: Path, *, durable: bool = False) -> Iterator[TextIO]:
+    """A text file to write: whenever the process is killed, and whatever goes wrong, the old or the new one is there.
+
+    ``durable``: the new one is on the disk before it takes the old one's place, so that no power cut costs both.
+    """
+    work = path.with_name(f".{path.name}.tmp")  # one writer at a time: what a killed one left is written over
+    try:
+        with work.open("w", encoding="utf-8") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        work.replace(path)
+    except BaseException:
+        with suppress(OSError):  # what went wrong is told, not this
+            work.unlink()
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that, whenever the process is killed, the old or the new one is there."""
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    work.write_text(text, encoding="utf-8")
-    work.replace(path)
+    """A small file by ``whole``."""
+    with whole(path) as file:
+        file.write(text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from kdjax.config import Config, GenerateConfig, load_config
 from kdjax.data.prompts import Prompt
+from kdjax.disk import whole
 from kdjax.errors import UserError
 from kdjax.generation.answers import LEFT_OUT, Answer, Answers
 from kdjax.generation.rewards import with_answer
@@ -93,8 +93,7 @@ def _assemble(answers: Answers, out: Path, settings: GenerateConfig) -> dict[str
     left_out: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     prompts = asked = kept = tokens = covered = 0
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with whole(out, durable=True) as file:
         for prompt, entry in answers:
             prompts += 1
             if prompt is None:
@@ -111,21 +110,17 @@ def _assemble(answers: Answers, out: Path, settings: GenerateConfig) -> dict[str
                 file.write(json.dumps(chat_row(prompt, answer), ensure_ascii=False) + "\n")
             kept += len(texts)
             covered += bool(texts)
-        file.flush()
-        os.fsync(file.fileno())
-    report = {
-        "prompts": prompts,
-        "left_out": dict(left_out),
-        "answers": asked,
-        "kept": kept,
-        "dropped": dict(dropped),
-        "prompts_with_a_kept_answer": covered,
-        "kept_tokens": tokens,
-    }
-    if not kept:
-        part.unlink()
-        raise UserError(f"{out} was not written, since no answer was kept: {_reasons(report)}")
-    os.replace(part, out)
+        report = {
+            "prompts": prompts,
+            "left_out": dict(left_out),
+            "answers": asked,
+            "kept": kept,
+            "dropped": dict(dropped),
+            "prompts_with_a_kept_answer": covered,
+            "kept_tokens": tokens,
+        }
+        if not kept:
+            raise UserError(f"{out} was not written, since no answer was kept: {_reasons(report)}")
     return report
 
 

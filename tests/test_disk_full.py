@@ -120,6 +120,22 @@ def test_a_really_full_disk(values, small_disk, monkeypatch):
     assert whole and go(values).steps == 40
 
 
+def test_a_file_is_the_old_or_the_new_one(tmp_path):
+    """whatever stops the writing, and with what a kill left of an earlier attempt in the way"""
+    file = tmp_path / "report.json"
+    disk.write_whole(file, "old")
+    (tmp_path / ".report.json.tmp").write_text("what a killed process left, longer than anything else")
+    with pytest.raises(KeyboardInterrupt), disk.whole(file) as writing:
+        writing.write("half")
+        raise KeyboardInterrupt
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"report.json": "old"}
+    with disk.whole(file, durable=True) as writing:
+        writing.write("new")
+        writing.flush()
+        assert file.read_text() == "old"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"report.json": "new"}
+
+
 def test_any_other_full_disk_is_one_line(capsys):
     def command():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/metrics.jsonl")

@@ -13,7 +13,7 @@ import pydantic
 import yaml
 
 from kdjax.config.groups import Config
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -29,7 +29,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             _assign(values, key.strip().removeprefix("--").split("."), yaml.load(text, Loader=_Loader), override)
         except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not YAML ({_first_line(error)})") from None
+            raise UserError(f"override {override!r}: the value is not YAML ({first_line(error)})") from None
     return from_dict(values)
 
 
@@ -80,11 +80,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as a text file ({first_line(error)})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or _first_line(error)})") from None
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of groups such as `train:`, found {type(values).__name__}")
     return values
@@ -149,7 +149,3 @@ def _explain(error: pydantic.ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where}: missing"
     return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

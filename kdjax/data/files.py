@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdjax.data.formats import RowError
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
@@ -197,7 +197,7 @@ def _open_parquet(path: Path) -> Rows:
     try:
         return Table(datasets.Dataset.from_parquet(str(path)), str(path))
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_reason(error.__cause__ or error)})") from None
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error.__cause__ or error)})") from None
 
 
 def _open_arrow(path: Path) -> Rows:
@@ -205,7 +205,7 @@ def _open_arrow(path: Path) -> Rows:
     try:
         return Table(datasets.Dataset.from_file(str(path)), str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable arrow file ({_reason(error)})") from None
+        raise UserError(f"{path}: not a readable arrow file ({first_line(error)})") from None
 
 
 _OPENERS = {
@@ -220,7 +220,7 @@ def _saved(path: Path, split: str) -> Rows:
     try:
         table = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the saved dataset cannot be read ({_reason(error)})") from None
+        raise UserError(f"{path}: the saved dataset cannot be read ({first_line(error)})") from None
     if not isinstance(table, datasets.DatasetDict):
         if split:
             raise UserError(f"{path}: this dataset has no splits; leave out split {split!r}")
@@ -235,7 +235,9 @@ def _hub(path: str, split: str) -> Rows:
         splits = datasets.get_dataset_split_names(name, subset or None)
         return Table(datasets.load_dataset(name, subset or None, split=_choose_split(splits, split, path)), path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: neither a file or folder here nor a dataset on the hub ({_reason(error)})") from None
+        raise UserError(
+            f"{path}: neither a file or folder here nor a dataset on the hub ({first_line(error)})"
+        ) from None
 
 
 def _choose_split(splits: list[str], split: str, path: str) -> str:
@@ -264,8 +266,3 @@ def _datasets() -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it also raises
     return datasets
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -24,9 +24,8 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path}: no tokenizer could be loaded; name a folder with tokenizer.json or a hub id ({reason})"
+            f"{path}: no tokenizer could be loaded; name a folder with tokenizer.json or a hub id ({first_line(error)})"
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: only a slow tokenizer; one with tokenizer.json is needed")

@@ -26,7 +26,7 @@ from kdjax.config import Config, SourceConfig
 from kdjax.data.formats import RowError
 from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
 from kdjax.models import resolve
@@ -236,7 +236,7 @@ class Answers:
             except EngineError as error:
                 if start == ENGINE_STARTS:
                     raise
-                display.line(f"{str(error).splitlines()[0]}; starting it again")
+                display.line(f"{first_line(error)}; starting it again")
                 engine.restart()
         raise AssertionError("the last start returns or raises")
 

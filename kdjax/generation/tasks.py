@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from kdjax.config import Config
+from kdjax.disk import whole
 from kdjax.errors import UserError
 from kdjax.generation.answers import Answers
 from kdjax.generation.rewards import find_reward, with_answer
@@ -52,8 +52,7 @@ def _score(answers: Answers, task: str, out: Path) -> dict[str, Any]:
     rewards: list[list[float]] = []
     left_out: Counter[str] = Counter()
     unfinished = tokens = 0
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with whole(out) as file:
         for prompt, entry in answers:
             if prompt is None:
                 left_out[entry] += 1
@@ -66,7 +65,6 @@ def _score(answers: Answers, task: str, out: Path) -> dict[str, Any]:
                 unfinished += answer.finish_reason == "length"
                 tokens += answer.tokens
             rewards.append([answer.reward for answer in entry])
-    os.replace(part, out)
     if not rewards:
         raise UserError(f"task {task}: no prompt could be asked ({dict(left_out)}); see data.eval")
     each = [mean(values) for values in rewards]

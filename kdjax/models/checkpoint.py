@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 from kdjax.models.config import ModelConfig, read_json
 from kdjax.models.weights import IGNORABLE, Weight, check_names
 
@@ -40,8 +40,7 @@ def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model: no folder {name}, and the hub does not give it: {reason}") from None
+        raise UserError(f"model: no folder {name}, and the hub does not give it: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import HostTensors
 from kdjax.training.student import export_student
@@ -203,7 +203,7 @@ class StudentEngines:
         return engine.pid is None and restarts <= RESTARTS and not self._closed
 
     def _note(self, error: EngineError) -> None:
-        self.notes.append(f"the student's engine is started again: {str(error).splitlines()[0]}")
+        self.notes.append(f"the student's engine is started again: {first_line(error)}")
 
 
 def student_label(version: int) -> tuple[str, int]:

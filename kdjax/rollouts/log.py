@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bridge.engine import Completion
+from kdjax.disk import whole
 from kdjax.errors import UserError
 
 
@@ -53,17 +52,11 @@ class RolloutLog:
     def write(self, number: int, rollouts: list[Rollout]) -> None:
         """The file of a step, whole or not at all. Raises UserError where the disk does not take it."""
         lines = [{"run": self._run, "step": number}, *(asdict(rollout) for rollout in rollouts)]
-        part = self.path(number).with_suffix(".tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with part.open("w", encoding="utf-8") as file:
+            with whole(self.path(number), durable=True) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.path(number))
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise UserError(
                 f"{self.path(number)}: cannot be written ({error.strerror}); mend that and run the same command again"
             ) from None

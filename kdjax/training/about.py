@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from kdjax.disk import write_whole
+
 FILE = "run.json"
 _PACKAGES = ("kdjax", "jax", "flax", "optax", "orbax-checkpoint", "sglang", "torch", "transformers")
 
@@ -18,9 +20,7 @@ _PACKAGES = ("kdjax", "jax", "flax", "optax", "orbax-checkpoint", "sglang", "tor
 def note(folder: Path, **facts: Any) -> None:
     """Add ``facts`` to the run's ``run.json``; None takes a fact away."""
     known = read_about(folder) | facts
-    written = folder / f"{FILE}.tmp"
-    written.write_text(json.dumps({k: v for k, v in known.items() if v is not None}, indent=2), encoding="utf-8")
-    written.replace(folder / FILE)
+    write_whole(folder / FILE, json.dumps({k: v for k, v in known.items() if v is not None}, indent=2))
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from kdjax.config import CheckpointConfig, Config, to_dict
 from kdjax.disk import free_bytes, size_text, why_full
-from kdjax.errors import UserError
+from kdjax.errors import UserError, first_line
 
 # What may differ between the run that saved and the run that goes on: where things go, not what is computed.
 _FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "generate"} | {
@@ -147,7 +147,7 @@ class Checkpoints:
             try:
                 parts, meta = self._read(step, wanted)
             except Exception as error:  # orbax has no error of its own for a damaged folder; all are told
-                faults[step] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                faults[step] = first_line(error)
                 continue
             for broken, fault in faults.items():
                 tell(f"checkpoint of step {broken} is damaged ({fault}); going on from step {step}")

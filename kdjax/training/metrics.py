@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdjax.config import Config, LogConfig, to_dict
+from kdjax.disk import write_whole
 from kdjax.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -64,9 +65,7 @@ class JsonLines:
     def __init__(self, folder: Path, resumed_at: int) -> None:
         path = folder / FILE
         kept = [record for record in read_metrics(path) if record["step"] <= resumed_at] if resumed_at else []
-        written = path.with_suffix(".tmp")
-        written.write_text("".join(map(_line, kept)), encoding="utf-8")
-        written.replace(path)  # at no moment is there a file without the earlier records
+        write_whole(path, "".join(map(_line, kept)))  # at no moment is there a file without the earlier records
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
