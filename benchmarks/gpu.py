@@ -10,6 +10,7 @@ measured is written at once, to ``benchmarks/results/<machine>.json``.
     loss    the fused loss in bf16 at H = 4,096, V = 128,256, 8,192 tokens, against the matrix products it cannot avoid
     step    the student's training step at the shapes of Qwen3 0.6B, 1.7B and 4B: share of the peak (MFU)
     pool    hidden rows from another process by CUDA IPC: every batch checked, pointers, bandwidth against a plain copy
+    sync    a student's weights into an engine of the same GPU: on the device by CUDA IPC, and through the host
     engine  a whole run with SGLang on the same GPU: teacher, transfer, student, waiting
 """
 
@@ -31,7 +32,7 @@ from typing import Any
 from benchmarks.record import ROOT, record, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = {"loss": 150, "step": 240, "pool": 90, "engine": 300}  # then a section is stopped
+SECONDS = {"loss": 150, "step": 240, "pool": 90, "sync": 120, "engine": 300}  # then a section is stopped
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets
 QWEN3 = {
     "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
@@ -290,6 +291,46 @@ def pool(toy: bool) -> dict[str, Any]:
     }
 
 
+def sync(toy: bool) -> dict[str, Any]:
+    """Weights of one random model into an engine that runs another; its answers must be the sender's afterwards."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from bridge.client import start_engine
+    from kdjax.models import export_hf, load_model
+    from kdjax.rollouts.weights import EngineTensors
+
+    dtype = "float32" if toy else "bfloat16"
+    options = dict(config=shape(TOY if toy else QWEN3["1.7B"], toy), init="random", dtype=dtype)
+    ids = np.random.default_rng(0).integers(1, 4000, 200).astype(np.int32)
+    result: dict[str, Any] = {"dtype": dtype}
+    with tempfile.TemporaryDirectory() as folder:
+        start = load_model(None, **options, param_dtype="bfloat16", seed=1)
+        export_hf(start, Path(folder) / "start", tokenizer=ROOT / "examples" / "tokenizer", dtype=dtype)
+        del start
+        student = load_model(None, **options, seed=2)  # float32 masters, as in training
+        expected = jax.nn.log_softmax(student.logits(student(jnp.asarray(ids)[None])[0, :-1]))
+        expected = np.asarray(jnp.take_along_axis(expected, ids[1:, None], axis=1)[:, 0], np.float32)
+        log = Path(folder) / "engine.log"
+        with start_engine(Path(folder) / "start", kind="transformers", log=log, dtype=dtype) as engine:
+            for way in ("cuda", "cpu") if jax.default_backend() == "gpu" else ("cpu",):
+                before = np.abs(engine.score([ids])[0] - expected).mean()
+                seconds = []
+                for version in range(4):
+                    tensors = EngineTensors(student, dtype, engine_device=way)
+                    began = time.perf_counter()
+                    engine.update_weights(tensors, version=version, gpu=tensors.gpu)
+                    seconds.append(time.perf_counter() - began)
+                size = sum(x.nbytes for _, x in EngineTensors(student, dtype))
+                measured = spread(seconds[1:])  # the first one compiles, and opens the bucket
+                measured |= {"bytes": size, "bytes_per_second": size / measured["seconds"], "first": seconds[0]}
+                after = np.abs(engine.score([ids])[0] - expected).mean()
+                measured |= {"gap_before": float(before), "gap_after": float(after)}
+                result["on the device" if tensors.gpu is not None else "through the host"] = measured
+    return result
+
+
 def engine(toy: bool) -> dict[str, Any]:
     from kdjax.models import export_hf, load_model
 
@@ -335,7 +376,7 @@ def engine(toy: bool) -> dict[str, Any]:
 
 
 def run_section(name: str, toy: bool, out: Path) -> None:
-    out.write_text(json.dumps({"loss": loss, "step": step, "pool": pool, "engine": engine}[name](toy)))
+    out.write_text(json.dumps({"loss": loss, "step": step, "pool": pool, "sync": sync, "engine": engine}[name](toy)))
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, S
 from bridge.errors import EngineError
 from bridge.hidden_pool import HiddenPool
 from bridge.leaving import FOLDER_PREFIX
-from bridge.weights import WeightBucket
+from bridge.weights import DeviceBucket, WeightBucket
 
 LOG_LINES = 15  # quoted when an engine fails
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -92,6 +92,7 @@ class RemoteEngine:
         self.start_timeout, self.call_timeout = start_timeout, call_timeout
         self._turn, self._watch_turn = threading.RLock(), threading.Lock()
         self._server: _Server | None = None
+        self._buckets: dict[tuple[int, int | None], WeightBucket] = {}
         self._launch()
 
     @property
@@ -129,28 +130,33 @@ class RemoteEngine:
 
     def update_weights(
         self,
-        tensors: Iterable[tuple[str, np.ndarray]],
+        tensors: Iterable[tuple[str, Any]],
         *,
         version: int,
         bucket_bytes: int = 256 * 2**20,
         timeout: float | None = None,
         label: object = None,
+        gpu: int | None = None,
     ) -> None:
         """replace all weights, about `bucket_bytes` at a time through shared memory; completions then carry `version`
 
         `label` is the caller's word for these weights: `holds` says it from now on, and None after a start.
+        gpu: NumPy arrays come through host memory; with the number of a GPU, JAX arrays that lie on it through a bucket
+        there, which an engine on any GPU of this host may read. The bucket is kept until the engine is closed.
 
         Raises EngineError that names the tensor where one is unknown, misshaped, sent twice or missing. The engine then
         refuses other calls until an update succeeds or it is restarted.
         """
         sizes = [4 * prod(shape) for shape in read_facts(Path(self.spec.model)).tensors.values()]  # 4: at most float32
         size = max([1, *sizes, min(bucket_bytes, sum(sizes) + ALIGNMENT * len(sizes))])
-        with self._turn, WeightBucket(size) as bucket:
+        with self._turn:
             self.holds = None
+            self.wait_ready()  # the start has a deadline of its own
             deadline = time.monotonic() + (self.call_timeout if timeout is None else timeout)
             self._call("weights_begin", (), deadline - time.monotonic())
+            bucket = self._bucket(-(-size // ALIGNMENT) * ALIGNMENT, gpu)
             for entries in bucket.fill(tensors):
-                self._call("weights_bucket", (bucket.path, entries), deadline - time.monotonic())
+                self._call("weights_bucket", (bucket.spec, entries), deadline - time.monotonic())
             self._call("weights_end", (version,), deadline - time.monotonic())
             self.holds = label
 
@@ -211,6 +217,18 @@ class RemoteEngine:
         server, self._server = self._server, None
         if server is not None:
             server.destroy()
+        self._let_go()
+
+    def _bucket(self, size: int, gpu: int | None) -> WeightBucket:
+        """the one of this size, made if need be: as long as the server lives it may read from any that there was"""
+        if (size, gpu) not in self._buckets:
+            self._buckets[size, gpu] = WeightBucket(size) if gpu is None else DeviceBucket(size, gpu)
+        return self._buckets[size, gpu]
+
+    def _let_go(self) -> None:
+        """free the buckets, which nobody reads any more"""
+        while self._buckets:
+            self._buckets.popitem()[1].close()
 
     def _name(self) -> str:
         return f"engine {self.spec.kind} {Path(self.spec.model).name}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from bridge.errors import EngineError
 
 HANDLE_BYTES = 64
+_DEFAULT_STREAM = ctypes.c_void_p(None)
 _PEER_ACCESS = 1  # cuIpcOpenMemHandle: reach other GPUs over NVLink where need be
 
 
@@ -22,9 +23,9 @@ class _Handle(ctypes.Structure):
 
 
 class Allocation:
-    """`size` zeroed bytes on GPU number `ordinal`, freed when nothing refers to this object any more."""
+    """`size` zeroed bytes for `what` on GPU number `ordinal`, freed when nothing refers to this object any more."""
 
-    def __init__(self, ordinal: int, size: int):
+    def __init__(self, ordinal: int, size: int, what: str = "hidden rows"):
         """raises EngineError where the GPU has not so much free"""
         self.ordinal, self.size = ordinal, size
         pointer = ctypes.c_uint64()
@@ -33,7 +34,7 @@ class Allocation:
                 _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
             except EngineError as error:
                 raise EngineError(
-                    f"{size / 2**30:.2f} GiB of hidden rows do not fit on GPU {ordinal} "
+                    f"{size / 2**30:.2f} GiB of {what} do not fit on GPU {ordinal} "
                     f"({memory(ordinal)[0] / 2**30:.2f} GiB free): leave it more, as by XLA_PYTHON_CLIENT_MEM_FRACTION "
                     f"or a smaller teacher.mem_fraction"
                 ) from error
@@ -47,6 +48,17 @@ class Allocation:
         with _on(self.ordinal):
             _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
         return bytes(handle)
+
+    def copy_in(self, offset: int, source: int, size: int) -> None:
+        """start copying `size` bytes from address `source` on the same GPU to `offset`; `wait` for them"""
+        with _on(self.ordinal):
+            target = ctypes.c_uint64(self.address + offset)
+            _call("cuMemcpyDtoDAsync_v2", target, ctypes.c_uint64(source), ctypes.c_size_t(size), _DEFAULT_STREAM)
+
+    def wait(self) -> None:
+        """return when everything that was copied in has arrived"""
+        with _on(self.ordinal):
+            _call("cuStreamSynchronize", _DEFAULT_STREAM)
 
     def __del__(self) -> None:
         if hasattr(self, "address"):

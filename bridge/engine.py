@@ -2,7 +2,7 @@
 
 Two sides speak it. `Engine` is what a trainer holds (`bridge.client.RemoteEngine`); `HostedEngine` is what the server
 process drives (`SGLangEngine`, `TransformersEngine`). They differ only where weights come in: the trainer hands over
-arrays, the hosted engine is given torch tensors bucket by bucket, their names and shapes already checked.
+arrays, the hosted engine is told bucket by bucket where they lie, their names and shapes already checked.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from bridge.hidden_pool import PoolSpec
+from bridge.weights import BucketSpec, Entry
 
 EngineKind = Literal["sglang", "transformers"]
 
@@ -145,7 +146,7 @@ class Engine(Protocol):
         """`sampling.n` completions a prompt, those of one prompt side by side, in the order of the prompts"""
         ...
 
-    def update_weights(self, tensors: Iterable[tuple[str, np.ndarray]], *, version: int) -> None:
+    def update_weights(self, tensors: Iterable[tuple[str, Any]], *, version: int) -> None:
         """replace every weight by the named arrays, names and shapes as in the model's HF checkpoint"""
         ...
 
@@ -167,7 +168,7 @@ class Engine(Protocol):
 
 
 class HostedEngine(Protocol):
-    """What the server asks of the engine it hosts. Tensors are torch's, on the CPU, and valid during the call only."""
+    """What the server asks of the engine it hosts. A bucket's content is valid during the call only."""
 
     max_tokens: int
 
@@ -175,7 +176,7 @@ class HostedEngine(Protocol):
     def score(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]: ...
     def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling, version: int) -> list[Completion]: ...
     def begin_weights(self) -> None: ...
-    def load_weights(self, tensors: list[tuple[str, Any]]) -> None: ...
+    def load_weights(self, bucket: BucketSpec, entries: Sequence[Entry]) -> None: ...
     def end_weights(self) -> None: ...
     def sleep(self, tags: Sequence[str] | None) -> None: ...
     def wake(self, tags: Sequence[str] | None) -> None: ...

@@ -87,11 +87,7 @@ class PoolSpec:
 
     def map(self) -> mmap.mmap:
         """map the segment for reading and writing; it stays mapped for as long as anything refers to the result"""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return mmap.mmap(descriptor, self.bytes)
-        finally:
-            os.close(descriptor)
+        return map_segment(self.path, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -130,6 +126,15 @@ def create_segment(kind: str, size: int) -> tuple[str, int]:
             f"(docker run --shm-size)"
         ) from error
     return path, descriptor
+
+
+def map_segment(path: str, size: int) -> mmap.mmap:
+    """another process's segment, for reading and writing, for as long as anything refers to the result"""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 def remove_segment(path: str, descriptor: int) -> None:

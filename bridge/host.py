@@ -12,7 +12,7 @@ import torch
 from bridge.checkpoint import read_facts
 from bridge.engine import Completion, EngineSpec, Health, HostedEngine, Prefill, Sampling, check_ids
 from bridge.errors import EngineError
-from bridge.weights import Entry, named_tensors
+from bridge.weights import BucketSpec, Entry
 
 TIED_HEAD = "lm_head.weight"
 
@@ -82,7 +82,7 @@ class Host:
         self._arrived = set()
         self._engine.begin_weights()
 
-    def weights_bucket(self, path: str, entries: Sequence[Entry]) -> None:
+    def weights_bucket(self, bucket: BucketSpec, entries: Sequence[Entry]) -> None:
         """load a bucket; every name and shape is compared with the checkpoint's before any weight changes"""
         if self._arrived is None:
             raise EngineError("a bucket of weights without weights_begin")
@@ -95,7 +95,7 @@ class Host:
             if entry.name in self._arrived:
                 raise EngineError(f"weight {entry.name}: sent twice")
             self._arrived.add(entry.name)
-        self._engine.load_weights(named_tensors(path, entries))
+        self._engine.load_weights(bucket, entries)
 
     def weights_end(self, version: int) -> None:
         if self._arrived is None:

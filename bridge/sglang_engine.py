@@ -9,12 +9,13 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
-import torch
 
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.errors import EngineError
 from bridge.leaving import child_failed
 from bridge.sglang_hook import request_id
+from bridge.sglang_weights import LOADER, described
+from bridge.weights import BucketSpec, Entry
 
 IDLE_SECONDS = 30.0
 PLATFORM_GROUP, PLATFORM = "sglang.srt.platforms", "kdjax_cpu"
@@ -54,7 +55,7 @@ class SGLangEngine:
             **DEFAULTS
             | (CPU_DEFAULTS if spec.device == "cpu" else CUDA_DEFAULTS)
             | {"model_path": spec.model, "dtype": spec.dtype, "device": spec.device}
-            | {"forward_hooks": _hooks(spec)}
+            | {"forward_hooks": _hooks(spec), "custom_weight_loader": [LOADER]}
             | dict(spec.options)
         )
         self.max_tokens = int(self._engine.get_server_info()["max_req_input_len"]) - 1
@@ -105,17 +106,11 @@ class SGLangEngine:
             _raise_failure("begin_weight_update", begin())
         self._updating = True
 
-    def load_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        from sglang.srt.utils import MultiprocessingSerializer
-        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-
-        bucket = FlattenedTensorBucket(named_tensors=tensors)
-        content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        payloads = [MultiprocessingSerializer.serialize(content) for _ in range(self._engine.server_args.tp_size)]
-        names = ", ".join(name for name, _ in tensors[:3])
+    def load_weights(self, bucket: BucketSpec, entries: Sequence[Entry]) -> None:
+        names = ", ".join(entry.name for entry in entries[:3])
         _raise_failure(
-            f"update_weights_from_tensor ({names}, … {len(tensors)} tensors)",
-            self._engine.update_weights_from_tensor(payloads, load_format="flattened_bucket", flush_cache=False),
+            f"update_weights_from_tensor ({names}, … {len(entries)} tensors)",
+            self._engine.update_weights_from_tensor(described(bucket, entries), load_format=LOADER, flush_cache=False),
         )
 
     def end_weights(self) -> None:

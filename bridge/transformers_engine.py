@@ -14,6 +14,7 @@ from bridge.checkpoint import read_facts
 from bridge.cuda import gpus
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.pool_rows import PoolRows
+from bridge.weights import BucketSpec, Entry, load_bucket
 
 
 class TransformersEngine:
@@ -61,9 +62,12 @@ class TransformersEngine:
     def begin_weights(self) -> None:
         self._state = self._model.state_dict()
 
-    def load_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in tensors:
-            self._state[name].copy_(tensor)
+    def load_weights(self, bucket: BucketSpec, entries: Sequence[Entry]) -> None:
+        def copy(tensors: list[tuple[str, torch.Tensor]]) -> None:
+            for name, tensor in tensors:
+                self._state[name].copy_(tensor)
+
+        load_bucket(bucket, entries, copy)
 
     def end_weights(self) -> None:
         del self._state

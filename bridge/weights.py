@@ -1,20 +1,27 @@
-"""Named arrays through shared memory, bucket by bucket: packed by the trainer, read as torch tensors by the engine."""
+"""Named arrays through shared memory, bucket by bucket: packed by the trainer, read as torch tensors by the engine.
 
-import os
-from collections.abc import Iterable, Iterator
+On a CPU a bucket is a file in /dev/shm. On a GPU it is a plain allocation that engines open by CUDA IPC: arrays are
+copied into it, and out of it, on the device, and only names, shapes and offsets travel by socket.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from mmap import mmap
 from typing import Any
 
 import numpy as np
 
-from bridge.dlpack import ALIGNMENT
-from bridge.hidden_pool import create_segment, remove_segment
+from bridge.cuda import Allocation, Mapping, gpus
+from bridge.dlpack import ALIGNMENT, CUDA, DLPackView
+from bridge.hidden_pool import create_segment, map_segment, remove_segment
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a bucket: where in the segment it starts, in bytes."""
+    """One tensor of a bucket: where in the bucket it starts, in bytes."""
 
     name: str
     dtype: str
@@ -22,53 +29,112 @@ class Entry:
     offset: int
 
 
+@dataclass(frozen=True)
+class BucketSpec:
+    """Where a bucket of `size` bytes lies: a file's path, or a GPU's UUID and the allocation's CUDA IPC handle."""
+
+    size: int
+    path: str = ""
+    gpu: str = ""
+    handle: str = ""
+    """hexadecimal"""
+
+
 class WeightBucket:
-    """A shared segment that a weight update fills again and again. A context manager: the segment goes at the end."""
+    """Shared host memory that weight updates fill again and again with NumPy arrays. A context manager."""
 
     def __init__(self, size: int):
-        self.size = size
-        self.path, self._descriptor = create_segment("weights", size)
-        self._bytes = np.frombuffer(mmap(self._descriptor, size), np.uint8)
+        path, descriptor = create_segment("weights", size)
+        self.spec = BucketSpec(size, path=path)
+        self._bytes = np.frombuffer(mmap(descriptor, size), np.uint8)
+        self._remove = weakref.finalize(self, remove_segment, path, descriptor)
 
-    def fill(self, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[list[Entry]]:
+    def fill(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[list[Entry]]:
         """pack arrays in order; yields each time the bucket is full, and must be resumed only once it has been read
 
         Raises ValueError for an array larger than the bucket.
         """
         entries: list[Entry] = []
-        offset = 0
+        offset, size = 0, self.spec.size
         for name, array in tensors:
-            if array.nbytes > self.size:
-                raise ValueError(f"weight {name} of {array.nbytes} bytes exceeds the bucket of {self.size}: raise it")
-            if offset + array.nbytes > self.size:
+            if array.nbytes > size:
+                raise ValueError(f"weight {name} of {array.nbytes} bytes exceeds the bucket of {size}: raise it")
+            if offset + array.nbytes > size:
+                self._arrive()
                 yield entries
                 entries, offset = [], 0
-            source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            self._bytes[offset : offset + array.nbytes] = source
-            entries.append(Entry(name, array.dtype.name, array.shape, offset))
+            self._put(offset, array)
+            entries.append(Entry(name, array.dtype.name, tuple(array.shape), offset))
             offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         if entries:
+            self._arrive()
             yield entries
+
+    def close(self) -> None:
+        """let go of the memory, once no engine reads it any more"""
+        self._remove()
 
     def __enter__(self) -> "WeightBucket":
         return self
 
     def __exit__(self, *_: object) -> None:
-        remove_segment(self.path, self._descriptor)
+        self.close()
+
+    def _put(self, offset: int, array: Any) -> None:
+        self._bytes[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def _arrive(self) -> None:
+        """return when all that was put is in the bucket"""
 
 
-def named_tensors(path: str, entries: Iterable[Entry]) -> list[tuple[str, Any]]:
-    """the bucket's tensors as torch tensors that view the segment: valid until the trainer fills it again"""
+class DeviceBucket(WeightBucket):
+    """The same in memory of GPU `ordinal`, an even number of bytes, for JAX arrays that lie there whole."""
+
+    def __init__(self, size: int, ordinal: int):
+        """raises EngineError where the GPU has not so much free"""
+        self._allocation = Allocation(ordinal, size, "weights")
+        self.spec = BucketSpec(size, gpu=gpus()[ordinal], handle=self._allocation.handle().hex())
+        self._waiting: list[tuple[int, Any]] = []  # also keeps the arrays from being freed before they are copied
+
+    def close(self) -> None:
+        del self._allocation
+
+    def _put(self, offset: int, array: Any) -> None:
+        self._waiting.append((offset, array))
+
+    def _arrive(self) -> None:
+        # One wait for a bucketful instead of one a tensor: JAX makes them all while the first is waited for.
+        for _, array in self._waiting:
+            array.block_until_ready()
+        for offset, array in self._waiting:
+            self._allocation.copy_in(offset, array.unsafe_buffer_pointer(), array.nbytes)
+        self._allocation.wait()
+        self._waiting.clear()
+
+
+def load_bucket(spec: BucketSpec, entries: Sequence[Entry], load: Callable[[list[tuple[str, Any]]], Any]) -> None:
+    """call `load` with the bucket's tensors; they view the bucket, and have been read when this returns"""
     import torch
 
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        memory = mmap(descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
+    memory = _opened(spec)
     tensors = []
     for entry in entries:
-        count = int(np.prod(entry.shape, dtype=np.int64))
-        tensor = torch.frombuffer(memory, dtype=getattr(torch, entry.dtype), count=count, offset=entry.offset)
-        tensors.append((entry.name, tensor.view(entry.shape)))
-    return tensors
+        dtype = getattr(torch, entry.dtype)
+        content = memory[entry.offset : entry.offset + prod(entry.shape) * dtype.itemsize]
+        tensors.append((entry.name, content.view(dtype).view(entry.shape)))
+    load(tensors)
+    if spec.gpu:
+        torch.cuda.synchronize()
+
+
+@functools.lru_cache(maxsize=1)  # a trainer fills one bucket for as long as it lives, so it is opened once
+def _opened(spec: BucketSpec) -> Any:
+    """uint8 [size], a torch tensor on the CPU or on this process's GPU, which may read another's over NVLink"""
+    import torch
+
+    if not spec.gpu:
+        return torch.frombuffer(map_segment(spec.path, spec.size), dtype=torch.uint8)
+    # Into the address space of this process's own GPU: it needs no context, and so no memory, on the bucket's.
+    mapping = Mapping(torch.cuda.current_device(), bytes.fromhex(spec.handle))
+    view = DLPackView(mapping, mapping.address, (spec.size // 2,), "bfloat16", (CUDA, mapping.ordinal))
+    return torch.from_dlpack(view).view(torch.uint8)

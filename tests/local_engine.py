@@ -36,10 +36,10 @@ class LocalEngine(RemoteEngine):
         pass
 
     def close(self, timeout=0.0):
-        self._server = None
+        self._stop()
 
     def kill(self):
-        self._server = None
+        self._stop()
 
     def _launch(self):
         from bridge.host import Host
@@ -50,6 +50,7 @@ class LocalEngine(RemoteEngine):
 
     def _stop(self):
         self._server = None
+        self._let_go()
 
     def _call(self, method, args, timeout):
         with self._turn:

@@ -187,4 +187,5 @@ def test_every_section_of_the_gpu_benchmark_runs_at_toy_size(root, tmp_path):
     found = json.loads(out.read_text())
     assert found["pool"]["wrong_numbers"] == 0 and found["pool"]["viewed_in_place"] == found["pool"]["batches"]
     assert found["loss"]["floor"]["seconds"] > 0 and found["engine"]["tokens_per_second"] > 0
-    assert all("failed" not in str(found[name]) for name in ("loss", "step", "pool", "engine"))
+    assert found["sync"]["through the host"]["gap_after"] < 1e-4 < 0.1 < found["sync"]["through the host"]["gap_before"]
+    assert all("failed" not in str(found[name]) for name in ("loss", "step", "pool", "sync", "engine"))

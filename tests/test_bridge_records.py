@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from bridge.checkpoint import read_facts
 from bridge.engine import Prefill, Sampling
 from bridge.hidden_pool import SHARED
-from bridge.weights import WeightBucket, named_tensors
+from bridge.weights import WeightBucket, load_bucket
 
 IDS = np.arange(1, 9, dtype=np.int32)
 
@@ -48,7 +48,7 @@ def test_weights_cross_in_buckets_and_in_their_dtypes():
     got, sizes = {}, []
     with WeightBucket(192) as bucket:
         for entries in bucket.fill(arrays.items()):
-            got |= {name: tensor.clone() for name, tensor in named_tensors(bucket.path, entries)}
+            load_bucket(bucket.spec, entries, lambda tensors: got.update((n, tensor.clone()) for n, tensor in tensors))
             sizes.append(len(entries))
         assert list(SHARED.glob("kdjax-weights-*"))
         with pytest.raises(ValueError, match="weight big of 256 bytes exceeds the bucket of 192"):

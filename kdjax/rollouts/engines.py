@@ -19,7 +19,7 @@ from bridge.errors import EngineError
 from kdjax.config import Config
 from kdjax.errors import UserError, first_line
 from kdjax.rollouts.turns import Turns
-from kdjax.rollouts.weights import HostTensors
+from kdjax.rollouts.weights import EngineTensors
 from kdjax.training.student import export_student
 
 RESTARTS = 2  # of one engine for one batch: what kills it again and again is no accident
@@ -175,7 +175,7 @@ class StudentEngines:
         """Give one engine the newest weights, after a new start if it is dead; returns their version."""
         restarts = 0
         while True:
-            tensors = HostTensors(self._step.model, self.dtype)
+            tensors = EngineTensors(self._step.model, self.dtype, engine_device=engine.spec.device)
             try:
                 if engine.pid is None:
                     engine.restart()
@@ -187,6 +187,7 @@ class StudentEngines:
                         version=version,
                         bucket_bytes=self._config.bucket_bytes,
                         label=student_label(version),
+                        gpu=tensors.gpu,
                     )
                 return version
             except EngineError as error:

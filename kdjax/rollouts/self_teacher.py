@@ -14,7 +14,7 @@ from bridge.errors import EngineError
 from kdjax.losses import Head
 from kdjax.rollouts.engines import student_label
 from kdjax.rollouts.turns import Turns
-from kdjax.rollouts.weights import HostTensors
+from kdjax.rollouts.weights import EngineTensors
 from kdjax.training.step import Step
 
 
@@ -90,9 +90,9 @@ class SelfTeacher:
         if engine.holds == label or (engine.holds is None and self.version == 0):
             return
         self.turns.enter("renew")
-        tensors = HostTensors(self.model, engine.spec.dtype)
+        tensors = EngineTensors(self.model, engine.spec.dtype, engine_device=engine.spec.device)
         try:
-            engine.update_weights(tensors, version=self.version, label=label)
+            engine.update_weights(tensors, version=self.version, label=label, gpu=tensors.gpu)
         except EngineError as error:
             raise EngineError(
                 f"the teacher's weights of step {self.version} did not reach its engine, it broke off at "

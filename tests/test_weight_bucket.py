@@ -1,0 +1,113 @@
+"""Does a bucket of device memory hold what was put in, with one wait a bucketful, and is a sharded model sent whole?
+
+Without a GPU its memory is played by the host's: the same code packs, describes, opens and reads it.
+"""
+
+import ctypes
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import bridge.weights
+from bridge.dlpack import CPU
+from bridge.weights import DeviceBucket, load_bucket
+from kdjax.models import hf_tensors, load_model
+from kdjax.rollouts.weights import EngineTensors
+from kdjax.sharding import make_mesh
+
+MEMORY = {}
+
+
+class Allocation:
+    """What `bridge.cuda.Allocation` is, on the host. ``log`` tells of copies and waits in order."""
+
+    def __init__(self, ordinal, size, what):
+        self.ordinal, self.size, self.log = ordinal, size, []
+        whole = np.zeros(size + 64, np.uint8)
+        self.bytes = whole[-whole.ctypes.data % 64 :][:size]
+        self.address = self.bytes.ctypes.data
+        MEMORY[self.handle()] = self
+
+    def handle(self):
+        return self.address.to_bytes(64, "little")
+
+    def copy_in(self, offset, source, size):
+        assert 0 <= offset and offset + size <= self.size
+        self.log.append("copy")
+        ctypes.memmove(self.address + offset, source, size)
+
+    def wait(self):
+        self.log.append("wait")
+
+
+class Mapping:
+    opened = 0
+
+    def __init__(self, ordinal, handle):
+        Mapping.opened += 1
+        self.ordinal, self.owner = ordinal, MEMORY[handle]
+        self.address = self.owner.address
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    for name, value in {"Allocation": Allocation, "Mapping": Mapping, "gpus": lambda: ["a", "b"], "CUDA": CPU}.items():
+        monkeypatch.setattr(bridge.weights, name, value)
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    bridge.weights._opened.cache_clear()
+    Mapping.opened = 0
+    yield waits
+    bridge.weights._opened.cache_clear()
+
+
+def test_arrays_cross_a_device_bucket_by_name_and_offset(gpu):
+    keys = jax.random.split(jax.random.key(0), 4)
+    device = jax.devices()[0]
+    arrays = {
+        "a": jax.random.normal(keys[0], (3, 5)),
+        "b": jax.random.normal(keys[1], (7,), jnp.bfloat16),
+        "c": jnp.float32(2.5),
+        "d": jax.random.normal(keys[2], (30,), jnp.bfloat16),
+        "e": jax.random.normal(keys[3], (4, 6)),
+    }
+    arrays = {name: jax.device_put(x, device) for name, x in arrays.items()}
+    bucket, got, sizes = DeviceBucket(192, 1), {}, []
+    for entries in bucket.fill(arrays.items()):
+        load_bucket(bucket.spec, entries, lambda tensors: got.update((name, x.clone()) for name, x in tensors))
+        sizes.append(len(entries))
+    assert bucket.spec.gpu == "b" and bucket.spec.path == "" and Mapping.opened == 1
+    assert len(sizes) > 1 and len(gpu) == len(sizes)  # the engine has read before it says so
+    expected = [word for size in sizes for word in [*["copy"] * size, "wait"]]
+    assert bucket._allocation.log == expected
+    for name, x in arrays.items():
+        assert str(got[name].dtype) == f"torch.{x.dtype}" and got[name].shape == x.shape, name
+        assert np.array_equal(got[name].float().numpy(), np.asarray(x, np.float32)), name
+    with pytest.raises(ValueError, match="weight big of 256 bytes exceeds the bucket of 192"):
+        list(bucket.fill([("big", jnp.zeros(64))]))
+
+
+def test_a_sharded_model_is_gathered_whole_on_one_device(gpu):
+    shape = dict(
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=96, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_act="silu",
+        rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = load_model(None, mesh=make_mesh(1, 4, 2), config=shape, init="random")
+    tensors = EngineTensors(model, "bfloat16", engine_device="cuda")
+    assert tensors.gpu is None  # the student is not on a GPU here
+    on_host = dict(tensors)
+    assert all(isinstance(x, np.ndarray) for x in on_host.values()) and tensors.last == list(on_host)[-1]
+    tensors.gpu = 0
+    on_device = dict(tensors)
+    assert {next(iter(x.devices())) for x in on_device.values()} == {jax.devices()[0]}
+    assert on_device.keys() == on_host.keys() == dict(hf_tensors(model)).keys()
+    bucket, got = DeviceBucket(8192, 0), {}
+    for entries in bucket.fill(tensors):
+        load_bucket(bucket.spec, entries, lambda found: got.update((name, x.clone()) for name, x in found))
+    for name, x in on_host.items():
+        assert np.array_equal(got[name].view(torch.int16).numpy(), x.view(np.int16)), name
