@@ -29,6 +29,21 @@ def test_round_trip_and_frozen():
         config.train.steps = 3
 
 
+@pytest.mark.parametrize(
+    ("distill", "loss"),
+    [
+        ({}, "kl"),
+        ({"on_policy_fraction": 1.0}, "rkl"),
+        ({"on_policy_fraction": 0.1}, "rkl"),
+        ({"on_policy_fraction": 1.0, "loss": "jsd"}, "jsd"),
+        ({"loss": "rkl"}, "rkl"),
+    ],
+)
+def test_the_divergence_that_nobody_named_is_reverse_with_rollouts_and_saved(distill, loss):
+    config = from_dict(MINIMAL | {"teacher": {"path": "t"}, "distill": distill})
+    assert config.distill.loss == loss == yaml.safe_load(to_yaml(config))["distill"]["loss"]
+
+
 def test_every_key_is_documented():
     keys = list(reference())
     assert len(keys) > 60

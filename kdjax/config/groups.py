@@ -160,8 +160,8 @@ class DataConfig:
 class DistillConfig:
     algorithm: str = "vanilla"
     """Registered algorithm, or `path/my.py:Class`."""
-    loss: str = "kl"
-    """Registered divergence, or `path/my.py:function`."""
+    loss: str | None = None
+    """Registered divergence, or `path/my.py:function`; none means `rkl` with rollouts, even if only some, else `kl`."""
     kd_ratio: float = Field(0.5, ge=0, le=1)
     """Loss = (1 − kd_ratio) · cross-entropy + kd_ratio · divergence."""
     temperature: float = Field(1.0, gt=0)
@@ -172,6 +172,10 @@ class DistillConfig:
     """Parameters of the divergence, as in `{jsd_beta: 0.9}`."""
     algorithm_args: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the algorithm."""
+
+    def __post_init__(self) -> None:
+        if self.loss is None:
+            object.__setattr__(self, "loss", "rkl" if self.on_policy_fraction else "kl")
 
 
 @group
