@@ -44,6 +44,12 @@ def test_the_divergence_that_nobody_named_is_reverse_with_rollouts_and_saved(dis
     assert config.distill.loss == loss == yaml.safe_load(to_yaml(config))["distill"]["loss"]
 
 
+def test_a_teacher_with_another_template_and_loss_on_the_template():
+    data = MINIMAL["data"] | {"train_on": "all", "teacher_template_args": {"enable_thinking": False}}
+    with pytest.raises(UserError, match="data.train_on=all puts loss on the chat template's own tokens"):
+        from_dict(MINIMAL | {"data": data})
+
+
 def test_every_key_is_documented():
     keys = list(reference())
     assert len(keys) > 60

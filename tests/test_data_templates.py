@@ -224,6 +224,43 @@ def test_teacher_reads_another_prompt_and_the_same_answer():
     assert family("qwen2.5").decode(document.labels.tolist()) == "5<|im_end|>"
 
 
+THINK_NOT = {"enable_thinking": False}
+
+
+def read_by(teacher, *messages, other=None, **options):
+    """Documents of a student that reads Qwen2.5's template, and what a teacher with a template of its own reads."""
+    tokenizer = family("qwen2.5")
+    theirs = Encoder(tokenizer, chat_template=(TEMPLATES / f"{teacher}.jinja").read_text(), template_args=options)
+    found = Encoder(tokenizer, teacher=theirs)(Example(messages=messages, teacher=other), "here:1")
+    for document in found:
+        assert document.teacher_labels.tolist() == document.labels.tolist()
+    teachers = [document.__class__(document.teacher_ids, document.teacher_loss, "") for document in found]
+    return [marked(tokenizer, d) for d in found], [marked(tokenizer, d) for d in teachers]
+
+
+def test_a_teacher_with_a_template_of_its_own_reads_the_same_answer():
+    ours, theirs = read_by("qwen3", USER, ANSWER, **THINK_NOT)
+    assert ours == [QWEN + "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n[[5<|im_end|>]]\n"]
+    asked = "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert theirs == [asked + "[[5<|im_end|>]]\n"]
+    hint = ({"role": "user", "content": "2+3? It is 5."}, ANSWER)
+    ours, theirs = read_by("qwen3", USER, ANSWER, other=hint, **THINK_NOT)
+    assert "It is" not in ours[0] and theirs == [asked.replace("2+3?", "2+3? It is 5.") + "[[5<|im_end|>]]\n"]
+
+
+def test_turns_are_read_one_by_one_where_the_teachers_template_rewrites_history():
+    ours, theirs = read_by("qwen3", *CHAT, **THINK_NOT)
+    assert [re.findall(r"\[\[(.*?)\]\]", text) for text in ours] == [["5<|im_end|>"], ["6 now<|im_end|>"]]
+    assert [text.count("<think>") for text in theirs] == [1, 1] and theirs[1].index("<think>") > theirs[1].index("+1?")
+    ours, theirs = read_by("qwen2.5", *CHAT)  # nothing of the kind here: all turns in one document
+    assert ours == theirs == ONE["qwen2.5"]
+
+
+def test_an_answer_that_the_teachers_template_writes_otherwise_is_refused_with_where():
+    with pytest.raises(RowError, match=r"from its token 0 on \(student: '5<\|im_end\|>', teacher: '<think>"):
+        read_by("qwen3", USER, ANSWER)  # in thinking mode the empty thought is part of the answer
+
+
 def test_refusals():
     with pytest.raises(RowError, match="refuses the conversation .*must alternate"):
         encode(family("gemma"), (USER, USER, ANSWER))

@@ -1,13 +1,17 @@
 """Truth at the border: a head that is not the engine's stops the run before step 1 and says how large the gap is."""
 
+from copy import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_tools import config as data_config, family
 
 from kdjax.config import from_dict
 from kdjax.errors import UserError
+from kdjax.training import preflight
 from kdjax.training.preflight import check_teacher
 from kdjax.training.sources import Stream
 
@@ -56,35 +60,44 @@ def test_another_head_is_refused(run_values, opened, fault):
     assert stream.engine.pool.usage().used == 0
 
 
+def told(ours, teacher, **settings):
+    """What is said to a student of the family ``ours``; the teacher's tokenizer is None where nobody looks at it."""
+    config = SimpleNamespace(data=data_config("rows.jsonl", **settings), teacher=SimpleNamespace(path="teacher"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "load_tokenizer", {"teacher": teacher}.__getitem__)
+        return preflight.compare_templates(family(ours), config)
+
+
 def test_chat_templates_that_disagree_are_told():
-    from types import SimpleNamespace
-
-    from data_tools import family
-
-    from kdjax.training import preflight
-
-    ours, theirs = family("qwen2.5"), family("llama3")
-    config = SimpleNamespace(
-        data=SimpleNamespace(chat_template=None, template_args={}), teacher=SimpleNamespace(path="teacher")
-    )
-    end = ours.convert_tokens_to_ids("<|im_end|>")
-
-    def told(teacher, stop_ids):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(preflight, "load_tokenizer", lambda path: teacher)
-            return preflight.check_templates(ours, config, stop_ids)
-
-    assert told(ours, {end}) == []
-    notes = "\n".join(told(theirs, {end}))
-    for words in ("<|im_end|>", "<|eot_id|>", "asks otherwise than the student's, from token 0"):
+    assert told("qwen2.5", family("qwen2.5")) == []
+    notes = "\n".join(told("qwen2.5", family("llama3")))
+    for words in ("<|im_end|>", "<|eot_id|>", "shows a question otherwise than the student's, from token 0"):
         assert words in notes
+    bare = copy(family("qwen3"))
+    bare.chat_template = None
+    assert told("qwen2.5", bare) == ["warning: the teacher has no chat template of its own; it reads the student's"]
+
+
+def test_templates_that_differ_in_thinking_mode_alone_are_told():
+    off = {"enable_thinking": False}
+    assert told("qwen3", family("qwen3")) == told("qwen3", family("qwen3"), template_args=off) == []
+    (note,) = told("qwen3", None, teacher_template_args=off)
+    assert note.startswith("the teacher reads a question otherwise than the student, from token ")
+    assert "(student: '', teacher: '<think>" in note and note.endswith("so they disagree about thinking mode")
+    thinking = copy(family("qwen3"))
+    thinking.chat_template = thinking.chat_template.replace("enable_thinking is false", "enable_thinking is none")
+    (note,) = told("qwen3", thinking, template_args=off)
+    assert note.startswith("warning: the teacher's own chat template shows a question otherwise than the student's")
+    assert "(student: '<think>" in note and "so they disagree about thinking mode; it reads the student's form" in note
+    (note,) = told("qwen2.5", None, teacher_template_args=off)
+    assert "data.teacher_chat_template and teacher_template_args change nothing" in note
+
+
+def test_a_turn_must_end_with_what_ends_a_response():
+    tokenizer, config = family("qwen2.5"), SimpleNamespace(data=data_config("rows.jsonl"))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert preflight.check_end(tokenizer, config, {end}) == []
     with pytest.raises(
         UserError, match=rf"ends an assistant's turn with '<\|im_end\|>' .* rollout.stop_ids: \[{end}\]"
     ):
-        told(ours, {end + 1})
-    plain = family("qwen3")
-    plain.chat_template, kept = None, plain.chat_template
-    try:
-        assert told(plain, {end}) == ["warning: the teacher has no chat template of its own; it reads the student's"]
-    finally:
-        plain.chat_template = kept
+        preflight.check_end(tokenizer, config, {end + 1})

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from data_tools import config as data_config, plain, write_pairs
+from data_tools import TEMPLATES, config as data_config, plain, write_pairs
 
 from bridge.engine import Completion
 from kdjax.config import SourceConfig, from_dict
@@ -122,6 +122,25 @@ def test_prompts_alone_and_a_teachers_own_prompt(tmp_path):
     assert "it is" not in plain().decode(found.ids)
     wrong = EndlessPrompts(data_config(SourceConfig(path=str(path), teacher_prompt="{answer}")), plain(), seed=0)[0]
     assert isinstance(wrong, Fault) and "names the column 'answer'; the columns are prompt, hint" in wrong.text
+
+
+@pytest.mark.parametrize("hint", [None, "{prompt}, that is {response}"])
+def test_a_teacher_with_a_template_of_its_own_reads_the_same_response(tmp_path, hint):
+    """rows of the data and rollouts alike, with and without a prompt of its own"""
+    own = {"teacher_chat_template": str(TEMPLATES / "qwen3.jinja"), "teacher_template_args": {"enable_thinking": False}}
+    path = write_pairs(tmp_path / "rows.jsonl", 20)
+    data = {"train": [{"path": str(path), "teacher_prompt": hint}], "max_len": 96} | own
+    made = source(tmp_path, data=data, distill={"on_policy_fraction": 0.5, "kd_ratio": 0.5})
+    documents = [placed.document for _ in range(6) for placed in next(made).documents]
+    assert {bool(document.extras) for document in documents} == {True, False}
+    for document in documents:
+        row = json.loads(path.read_text().splitlines()[int(document.source.rpartition(":")[2]) - 1])
+        asked = row["prompt"] if hint is None else hint.format_map(row)
+        ids, spans = document.teacher_request
+        read = plain().decode(ids[: spans[0][0] + 1])
+        assert read == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        assert document.teacher_labels.tolist() == document.labels.tolist()
+        assert "<think>" not in plain().decode(document.ids)
 
 
 @pytest.mark.parametrize(

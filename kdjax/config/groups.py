@@ -134,6 +134,10 @@ class DataConfig:
     """A Jinja file that replaces the tokenizer's chat template."""
     template_args: dict[str, Any] = Field(default_factory=dict)
     """Passed on to the chat template, as in `{enable_thinking: false}`."""
+    teacher_chat_template: str | None = None
+    """A Jinja file by which the teacher reads the same conversations; none: as the student does."""
+    teacher_template_args: dict[str, Any] | None = None
+    """Passed on to the template that the teacher reads by; none: `template_args`."""
     system: str | None = None
     """A system message put before each conversation that has none."""
     max_len: int = Field(1024, ge=2)
@@ -154,6 +158,18 @@ class DataConfig:
     """Threads that read and tokenize; the order does not depend on it."""
     special_token_map: dict[str, str] = Field(default_factory=dict)
     """Student special token → teacher special token, where the same id has two names."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_reads_apart and self.train_on == "all":
+            raise ValueError(
+                "data.train_on=all puts loss on the chat template's own tokens, and a teacher with another template "
+                "reads others: set data.train_on=assistant, or drop teacher_chat_template and teacher_template_args"
+            )
+
+    @property
+    def teacher_reads_apart(self) -> bool:
+        """Whether the teacher has a chat template, or arguments of it, of its own."""
+        return self.teacher_chat_template is not None or self.teacher_template_args is not None
 
 
 @group

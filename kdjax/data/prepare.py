@@ -122,11 +122,17 @@ def open_source(source: Any, data: Any) -> tuple[Rows, RowReader]:
 
 def make_encoder(data: Any, tokenizer: Any) -> Encoder:
     """What turns conversations into ids as the ``data`` group says. Raises UserError for an unreadable template."""
+    teacher = None
+    if data.teacher_reads_apart:
+        template = "chat_template" if data.teacher_chat_template is None else "teacher_chat_template"
+        args = data.template_args if data.teacher_template_args is None else data.teacher_template_args
+        teacher = Encoder(tokenizer, chat_template=_read_template(data, template), template_args=args)
     return Encoder(
         tokenizer,
-        chat_template=None if data.chat_template is None else _read_template(data.chat_template),
+        chat_template=_read_template(data, "chat_template"),
         template_args=data.template_args,
         train_on=data.train_on,
+        teacher=teacher,
     )
 
 
@@ -141,12 +147,15 @@ def _columns(rows: Rows, path: str, on_bad_row: str) -> list[str]:
     raise UserError(f"{path}: none of the first {min(len(rows), 1000)} rows can be read; is it what its name says?")
 
 
-def _read_template(path: str) -> str:
+def _read_template(data: Any, key: str) -> str | None:
+    path = getattr(data, key)
+    if path is None:
+        return None
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "not text")
-        raise UserError(f"data.chat_template: {path} cannot be read ({reason})") from None
+        raise UserError(f"data.{key}: {path} cannot be read ({reason})") from None
 
 
 def _length(document: Document) -> int:

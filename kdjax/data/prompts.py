@@ -125,9 +125,10 @@ class _OfSource:
         row = self.rows[index]
         example = self._reader(row)
         messages, answer = _split_answer(example.messages)
-        ids, teacher_ids = self._ids(messages, example.tools), None
-        if example.teacher is not None:
-            teacher_ids = self._ids(_split_answer(example.teacher)[0], example.tools)
+        ids, teacher_ids = self._ids(self._encoder, messages, example.tools), None
+        if example.teacher is not None or self._encoder.teacher is not None:
+            asked = messages if example.teacher is None else _split_answer(example.teacher)[0]
+            teacher_ids = self._ids(self._encoder.teacher or self._encoder, asked, example.tools)
         return Prompt(ids, teacher_ids, messages, answer, row, self.rows.where(index), example.tools)
 
     def __call__(self, index: int) -> Prompt | Fault:
@@ -140,8 +141,8 @@ class _OfSource:
         prepared = self._documents(index)
         return Fault(prepared.bad) if prepared.bad is not None else replace(prompt, documents=prepared.documents)
 
-    def _ids(self, messages: tuple[Message, ...], tools: list[Any] | None) -> Int32[np.ndarray, " T"]:
-        ids = self._encoder.prompt(messages, tools)
+    def _ids(self, encoder: Encoder, messages: tuple[Message, ...], tools: list[Any] | None) -> Int32[np.ndarray, " T"]:
+        ids = encoder.prompt(messages, tools)
         if not ids.size:
             raise RowError("the chat template renders the prompt to nothing")
         if self._vocab_size is not None and int(ids.max()) >= self._vocab_size:

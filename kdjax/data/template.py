@@ -22,6 +22,7 @@ from kdjax.data.formats import Example, Message, RowError
 from kdjax.errors import UserError
 
 Stretch = tuple[int, int]  # half-open range of characters
+Tokens = tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]  # ids, and which of them carry loss
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _one_at_a_time = threading.Lock()  # transformers tracks {% generation %} in state that all renderings share
@@ -42,6 +43,7 @@ class Encoder:
       template_args: further variables of the template, as in ``{"enable_thinking": False}``.
       train_on: ``"assistant"``: what the assistant says and the token that ends its turn carry loss, nothing else;
         ``"all"``: every token of the conversation does. Plain text always carries loss everywhere.
+      teacher: how the teacher reads the same conversations, where that is otherwise.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class Encoder:
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         train_on: Literal["assistant", "all"] = "assistant",
+        teacher: Encoder | None = None,
     ):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError("tokenizer: a fast tokenizer (tokenizer.json) is needed to know which text a token covers")
         self.tokenizer = tokenizer
-        self.train_on = train_on
+        self.train_on, self.teacher = train_on, teacher
         self._chat_template = chat_template
         self._args = {**tokenizer.special_tokens_map, **(template_args or {})}
         # The plain tokenizers object: encoding with it only reads, so threads can share it.
@@ -78,19 +81,49 @@ class Encoder:
             if not ids.size:
                 raise RowError("the text is empty")
             return [Document(ids, np.arange(len(ids)) > 0, source)]
-        if example.teacher is None:
-            texts = self._texts(example.messages, example.tools)
-            return [Document(*self._tokenize(text), source) for text in texts]
-        ids, loss = self._last_turn(example.messages, example.tools)
-        teacher_ids, teacher_loss = self._last_turn(example.teacher, example.tools)
-        if not np.array_equal(ids[loss], teacher_ids[teacher_loss]):
-            raise RowError("the response has other tokens behind the teacher's prompt than behind the student's")
-        return [Document(ids, loss, source, teacher_ids, teacher_loss)]
+        if example.teacher is None and self.teacher is None:
+            return [Document(*ours, source) for ours in self._turns(example.messages, example.tools)]
+        reader = self.teacher or self
+        if example.teacher is not None:
+            ours = [self.last_turn(example.messages, example.tools)]
+            theirs = [reader.last_turn(example.teacher, example.tools)]
+        else:
+            ours, theirs = (encoder._turns(example.messages, example.tools) for encoder in (self, reader))
+            if [loss.sum() for _, loss in ours] != [loss.sum() for _, loss in theirs]:  # one rewrites history
+                parts = [example.messages[: k + 1] for k in _answers(example.messages)]
+                ours, theirs = ([e.last_turn(part, example.tools) for part in parts] for e in (self, reader))
+        for (ids, loss), (teacher_ids, teacher_loss) in zip(ours, theirs, strict=True):
+            self._compare(ids[loss], teacher_ids[teacher_loss])
+        return [Document(*mine, source, *its) for mine, its in zip(ours, theirs, strict=True)]
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Int32[np.ndarray, " T"]:
         """Ids of the conversation so far with the header that asks the assistant to speak."""
         text, _ = self._render(messages, tools, add_generation_prompt=True)
         return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def last_turn(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Tokens:
+        """Ids and mask of the conversation, with loss on the assistant's last turn alone.
+
+        Raises RowError where there is none.
+        """
+        last = self._texts(messages, tools)[-1]
+        if not last.loss:
+            raise RowError("the chat template shows no assistant turn")
+        return self._tokenize(_Text(last.text, last.loss if self.train_on == "all" else last.loss[-1:]))
+
+    def _turns(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Tokens]:
+        """Ids and mask of each document, with loss on every turn of the assistant."""
+        return [self._tokenize(text) for text in self._texts(messages, tools)]
+
+    def _compare(self, ours: Int32[np.ndarray, " R"], theirs: Int32[np.ndarray, " U"]) -> None:
+        """Raise RowError, with where they part, unless student and teacher read the same response."""
+        if not np.array_equal(ours, theirs):
+            at = len(os.path.commonprefix([ours.tolist(), theirs.tolist()]))
+            ours, theirs = (self.tokenizer.decode(ids[at : at + 8]) for ids in (ours, theirs))
+            raise RowError(
+                f"the response has other tokens behind the teacher's prompt than behind the student's, from its token "
+                f"{at} on (student: {ours!r}, teacher: {theirs!r})"
+            )
 
     def _texts(self, messages: Sequence[Message], tools: list[Any] | None) -> list[_Text]:
         if self.train_on == "all":
@@ -101,25 +134,13 @@ class Encoder:
             text, stretches = self._render(messages, tools, marked=True)
             return [_Text(text, tuple(stretches))]
         texts: list[_Text] = []
-        for k, message in enumerate(messages):
-            # A first turn of the assistant answers nothing: there is no prompt that a model would continue with it.
-            if message["role"] != "assistant" or k == 0:
-                continue
+        for k in _answers(messages):
             whole, stretch = self._turn(messages[: k + 1], tools)
             if texts and whole.startswith(texts[-1].text[: texts[-1].loss[-1][1]]):
                 texts[-1] = _Text(whole, (*texts[-1].loss, stretch))
             else:  # the template shows earlier turns differently from here on (Qwen3 drops their thinking)
                 texts.append(_Text(whole, (stretch,)))
         return texts or [_Text(self._render(messages, tools)[0], ())]
-
-    def _last_turn(
-        self, messages: Sequence[Message], tools: list[Any] | None
-    ) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
-        """Ids and mask with loss on the last assistant turn alone."""
-        last = self._texts(messages, tools)[-1]
-        if not last.loss:
-            raise RowError("the chat template shows no assistant turn")
-        return self._tokenize(_Text(last.text, last.loss if self.train_on == "all" else last.loss[-1:]))
 
     def _turn(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, Stretch]:
         """The conversation up to and with an assistant turn, and the characters of that turn."""
@@ -148,7 +169,7 @@ class Encoder:
         ends = [match.end() for match in self._special.finditer(whole, start)]
         return ends[-1] if ends and not whole[ends[-1] :].strip() else len(whole)
 
-    def _tokenize(self, text: _Text) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
+    def _tokenize(self, text: _Text) -> Tokens:
         encoding = self._backend.encode(text.text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, np.int32)
         if not ids.size:
@@ -190,3 +211,8 @@ class Encoder:
         except (jinja2.TemplateError, TypeError) as error:
             raise RowError(f"the chat template refuses the conversation ({error})") from None
         return rendered[0], [tuple(s) for s in stretches[0]] if marked else []
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    """Places of the assistant's turns, but for a first one: no prompt leads to it that a model would continue."""
+    return [k for k, message in enumerate(messages) if k and message["role"] == "assistant"]

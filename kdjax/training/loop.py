@@ -31,7 +31,7 @@ from kdjax.training.folder import RunFolder
 from kdjax.training.interrupt import Interrupt
 from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer, make_schedule
-from kdjax.training.preflight import check_export, check_student, check_teacher
+from kdjax.training.preflight import check_export, check_student, check_teacher, check_templates
 from kdjax.training.profile import Profiler, doing
 from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, Stream
@@ -94,6 +94,8 @@ class _Run:
                 if config.teacher.preflight:
                     with display.stage("preflight"):
                         check_teacher(self.stream)
+                    for line in check_templates(self.stream):
+                        display.line(line)
             start = self._resume()
             with display.stage("held-out rows"):
                 self.held_out = self.stream.evaluation(held_out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from bridge.client import start_engine
 from bridge.engine import Prefill
 from kdjax.data import Encoder, load_tokenizer
-from kdjax.data.formats import Example, RowError
+from kdjax.data.formats import RowError
+from kdjax.data.prepare import make_encoder
 from kdjax.errors import UserError
 from kdjax.training.samples import Sample, answer_samples
 
@@ -83,8 +84,8 @@ def check_export(stream: Any, model: nnx.Module, folder: Path) -> tuple[float, l
 def check_student(stream: Any, step: Any) -> list[str]:
     """Wait for the student's engines, send them its weights, and compare what both sides say of a few prompts.
 
-    Returns what a person should know about how the models' chat templates differ. Raises UserError when they disagree
-    by more than ``check_teacher`` allows, or when nothing would end a response.
+    Returns what a person should know about how responses end. Raises UserError when both sides disagree by more than
+    ``check_teacher`` allows, or when nothing would end a response.
     """
     students = stream.students
     students.wait_ready()
@@ -99,56 +100,85 @@ def check_student(stream: Any, step: Any) -> list[str]:
             f"{gap.mean():.3g} nats on average and {gap.max():.3g} at most (allowed {limit_mean} and {limit_max}); its "
             f"weights did not arrive, or it computes otherwise than the student"
         )
-    return check_templates(stream.tokenizer, stream.config, students.stop_ids)
+    return check_end(stream.tokenizer, stream.config, students.stop_ids)
 
 
-def check_templates(tokenizer: Any, config: Any, stop_ids: set[int]) -> list[str]:
-    """How the student's chat template ends a turn, and how the teacher's shows the same conversation.
+def check_end(tokenizer: Any, config: Any, stop_ids: set[int]) -> list[str]:
+    """Whether the token that ends a turn in the chat template ends a response; returns warnings.
 
-    Returns warnings. Raises UserError when a turn ends with a special token that does not end a response.
+    Raises UserError when it is a special token and does not.
     """
-    ours = _shown(tokenizer, config)
+    shown = _shown(make_encoder(config.data, tokenizer))
+    if shown is None or shown.end in stop_ids:
+        return []
+    name = tokenizer.convert_ids_to_tokens(shown.end)
+    if shown.end in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+        raise UserError(
+            f"preflight: the chat template ends an assistant's turn with {name!r} (id {shown.end}), which does not "
+            f"stop the student's engine (it stops at {sorted(stop_ids)}): set rollout.stop_ids: [{shown.end}]"
+        )
+    return [f"warning: the chat template ends a turn with {name!r}, no special token"]
+
+
+def check_templates(stream: Any) -> list[str]:
+    """What a person should know about how teacher and student read one conversation; nothing for plain text."""
+    templated = stream.students is not None or any(
+        not document.loss[1:].all() for document in stream.documents(SAMPLE_DOCUMENTS)
+    )
+    return compare_templates(stream.tokenizer, stream.config) if templated else []
+
+
+def compare_templates(tokenizer: Any, config: Any) -> list[str]:
+    """Where the template that the teacher reads by, or else the one it came with, parts from the student's."""
+    encoder = make_encoder(config.data, tokenizer)
+    own, teacher = encoder.teacher, tokenizer
+    if own is None:
+        teacher = load_tokenizer(config.teacher.path)
+    ours, theirs = _shown(encoder), _shown(own or make_encoder(config.data, teacher))
     if ours is None:
         return []
-    ids, end = ours
-    name = tokenizer.convert_ids_to_tokens(end)
-    if end not in stop_ids and end in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-        raise UserError(
-            f"preflight: the chat template ends an assistant's turn with {name!r} (id {end}), which does not stop the "
-            f"student's engine (it stops at {sorted(stop_ids)}): set rollout.stop_ids: [{end}]"
-        )
-    teacher = load_tokenizer(config.teacher.path)
-    theirs = _shown(teacher, config)
-    notes = [] if end in stop_ids else [f"warning: the chat template ends a turn with {name!r}, no special token"]
     if theirs is None:
-        return [*notes, "warning: the teacher has no chat template of its own; it reads the student's"]
-    asked, other = theirs
-    if other != end:
-        theirs_end = teacher.convert_ids_to_tokens(other)
-        notes.append(f"warning: a turn ends with {name!r} for the student and with {theirs_end!r} for the teacher")
-    if not np.array_equal(ids, asked):
-        at = len(os.path.commonprefix([ids.tolist(), asked.tolist()]))
-        ours, theirs = tokenizer.decode(ids[at : at + 8]), teacher.decode(asked[at : at + 8])
-        notes.append(
-            f"warning: the teacher's own chat template asks otherwise than the student's, from token {at} on (student: "
-            f"{ours!r}, teacher: {theirs!r}); it reads the student's form. Thinking switched on or off is a common "
-            f"reason: data.template_args"
-        )
+        return ["warning: the teacher has no chat template of its own; it reads the student's"]
+    notes = []
+    if theirs.end != ours.end:
+        ends = tokenizer.convert_ids_to_tokens(ours.end), teacher.convert_ids_to_tokens(theirs.end)
+        notes.append(f"warning: a turn ends with {ends[0]!r} for the student and with {ends[1]!r} for the teacher")
+    shown = ("a question", ours.asked, theirs.asked), ("an answer", ours.answered, theirs.answered)
+    differ = [(what, mine, its) for what, mine, its in shown if not np.array_equal(mine, its)]
+    if differ:
+        what, mine, its = differ[0]
+        at = len(os.path.commonprefix([mine.tolist(), its.tolist()]))
+        mine, its = tokenizer.decode(mine[at : at + 8]), teacher.decode(its[at : at + 8])
+        thinking = ", so they disagree about thinking mode" if "think" in mine + its else ""
+        where = f"from token {at} on (student: {mine!r}, teacher: {its!r}){thinking}"
+        if own is None:
+            notes.append(
+                f"warning: the teacher's own chat template shows {what} otherwise than the student's, {where}; it "
+                f"reads the student's form: data.teacher_chat_template can give it its own"
+            )
+        else:
+            notes.append(f"the teacher reads {what} otherwise than the student, {where}")
+    if own is not None and not notes:
+        notes.append("warning: data.teacher_chat_template and teacher_template_args change nothing of what it reads")
     return notes
 
 
-def _shown(tokenizer: Any, config: Any) -> tuple[np.ndarray, int] | None:
-    """Ids of a question as a prompt, and the token that ends the answer to it; None without a chat template."""
-    template = config.data.chat_template
-    encoder = Encoder(
-        tokenizer,
-        chat_template=None if template is None else Path(template).read_text(encoding="utf-8"),
-        template_args=config.data.template_args,
-    )
+class _Shown(NamedTuple):
+    """A short conversation in a template: ids of its question as a prompt, of all up to the token that ends the answer,
+    and this token."""
+
+    asked: np.ndarray
+    answered: np.ndarray
+    end: int
+
+
+def _shown(encoder: Encoder) -> _Shown | None:
+    """None without a chat template."""
     asked = ({"role": "user", "content": "1 + 1?"},)
     try:
-        (document,) = encoder(Example((*asked, {"role": "assistant", "content": "2"})), "preflight")[-1:]
-        return encoder.prompt(asked), int(document.labels[-1])
+        ids, loss = encoder.last_turn((*asked, {"role": "assistant", "content": "2"}))
+        last = int(np.flatnonzero(loss)[-1])
+        return _Shown(encoder.prompt(asked), ids[:last], int(ids[last]))
     except (UserError, RowError):
         return None
 
