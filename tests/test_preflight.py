@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_tools import config as data_config, family
+from data_tools import TEMPLATES, config as data_config, family
 
-from kdjax.config import from_dict
+from kdjax.config import LogConfig, from_dict
 from kdjax.errors import UserError
 from kdjax.training import preflight
 from kdjax.training.preflight import check_teacher
+from kdjax.training.samples import answer_samples
 from kdjax.training.sources import Stream
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
@@ -101,3 +102,19 @@ def test_a_turn_must_end_with_what_ends_a_response():
         UserError, match=rf"ends an assistant's turn with '<\|im_end\|>' .* rollout.stop_ids: \[{end}\]"
     ):
         preflight.check_end(tokenizer, config, {end + 1})
+
+
+def test_the_sample_question_goes_through_the_template_of_the_run():
+    """a base model's tokenizer may have none of its own"""
+    bare, asked = copy(family("gemma")), []
+    bare.chat_template = None
+    data = data_config("rows.jsonl", chat_template=str(TEMPLATES / "gemma.jinja"))
+    config = SimpleNamespace(data=data, log=LogConfig(sample_prompt="2+3?", sample_tokens=4))
+
+    def generate(prompts, sampling):
+        asked.extend(prompts)
+        return [SimpleNamespace(ids=[5]) for _ in prompts]
+
+    answer_samples(SimpleNamespace(generate=generate), SimpleNamespace(config=config, tokenizer=bare))
+    shown = "<bos><start_of_turn>user\n2+3?<end_of_turn>\n<start_of_turn>model\n"
+    assert [bare.decode(ids) for ids in asked] == [shown]

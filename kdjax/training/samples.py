@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bridge.engine import Sampling
+from kdjax.data.prepare import make_encoder
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,8 @@ def answer_samples(engine: Any, stream: Any) -> list[Sample]:
         return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     if log.sample_prompt is not None:
-        messages = [{"role": "user", "content": log.sample_prompt}]
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **stream.config.data.template_args
-        )
-        asked.append((log.sample_prompt, np.asarray(ids, np.int32), None))
+        ids = make_encoder(stream.config.data, tokenizer).prompt([{"role": "user", "content": log.sample_prompt}])
+        asked.append((log.sample_prompt, ids, None))
     for document in stream.documents(log.samples, held_out=True) if log.samples else ():
         first = int(document.loss.argmax())
         cut = first if first > 1 else len(document) // 2
