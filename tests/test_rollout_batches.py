@@ -343,10 +343,24 @@ def test_what_does_not_fit_a_step_is_refused(tmp_path):
     [((completion([10, 11], "length")), "were cut at rollout.max_new_tokens"), (completion([END]), "are empty")],
 )
 def test_a_step_of_nothing_but_cut_or_empty_responses_is_warned_about(tmp_path, answer, message):
-    made = source(tmp_path)
+    made = source(tmp_path, rollout={"show_every": None})
     made.engines.generate = lambda prompts, seeds: [answer for _ in prompts]
     (note,) = next(made).notes
     assert note.startswith("warning: step 1: all ") and message in note
+
+
+@pytest.mark.parametrize(("every", "shown"), [({}, [1]), ({"show_every": 3}, [1, 3, 6]), ({"show_every": None}, [])])
+def test_a_response_is_shown_below_its_question_now_and_then(tmp_path, every, shown):
+    made = source(tmp_path, rollout=every)
+    told = {number: host.notes for number in range(1, 7) if (host := next(made)).notes}
+    assert list(told) == shown
+    for number, (note,) in told.items():
+        (_, first, *_) = (tmp_path / "run" / "rollouts" / f"step_{number:06d}.jsonl").read_text().splitlines()
+        first = json.loads(first)
+        where, question, answer = note.splitlines()
+        assert where == f"step {number}: {first['source']}, answered in 5 tokens, ended by itself"
+        assert question == f"    > say {int(first['source'].rpartition(':')[2]) - 1}"
+        assert answer == f"    {first['text'].strip()}"
 
 
 def test_the_log_gets_what_the_step_found(tmp_path):

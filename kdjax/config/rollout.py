@@ -53,8 +53,8 @@ class RolloutConfig:
     """What the reward is multiplied by."""
     baseline: Literal["none", "group", "batch"] = "group"
     """Subtracted from a reward: the mean of the prompt's, or the step's, other rewards."""
-    show_every: int | None = Field(None, ge=1)
-    """Steps between responses that are shown; none shows none."""
+    show_every: int | None = Field(50, ge=1)
+    """Steps between responses that are shown, beside that of the first step; none shows none."""
     mem_fraction: float = Field(0.4, gt=0, lt=1)
     """Share of GPU memory that SGLang may take for weights and cache."""
     resident: tuple[Literal["weights", "kv_cache"], ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,13 @@ def describe(rollouts: list[Rollout], done: int) -> dict[str, float]:
 def is_empty(rollout: Rollout) -> bool:
     """Whether it says nothing: its end came at once."""
     return rollout.finish_reason == "stop" and rollout.length == 1
+
+
+def sample_text(question: str, rollout: Rollout) -> str:
+    """Question and response for a person: indented below a line that says where the question is from."""
+    ended = "cut at the limit" if rollout.finish_reason == "length" else "ended by itself"
+    told = f"{rollout.source}, answered in {rollout.length} tokens, {ended}"
+    return f"{told}\n{indent(question.strip(), '    > ')}\n{indent(rollout.text.strip(), '    ')}"
 
 
 def distinct(texts: list[list[int]], n: int) -> float:

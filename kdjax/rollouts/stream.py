@@ -32,7 +32,7 @@ from kdjax.data.packing import pack
 from kdjax.errors import UserError
 from kdjax.generation.rewards import find_reward, score
 from kdjax.rollouts.engines import StudentEngines
-from kdjax.rollouts.log import Rollout, RolloutLog, describe, is_empty, shown
+from kdjax.rollouts.log import Rollout, RolloutLog, describe, is_empty, sample_text, shown
 from kdjax.rollouts.overlap import Waits
 from kdjax.training.checkpoint import identity
 
@@ -100,7 +100,7 @@ class RolloutStream(Iterator[HostBatch]):
             state=self.state(),
             report=describe(rollouts, done) if rollouts else {},
             seconds=seconds,
-            notes=tuple(self._notes(number, rollouts)),
+            notes=tuple(self._notes(number, asked, rollouts)),
         )
 
     def learned(self, host: HostBatch, log_ratio: np.ndarray) -> None:
@@ -290,7 +290,7 @@ class RolloutStream(Iterator[HostBatch]):
         seen.loss_tokens += host.loss_tokens
         seen.positions += host.tokens + host.padding
 
-    def _notes(self, number: int, rollouts: list[Rollout]) -> Iterator[str]:
+    def _notes(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> Iterator[str]:
         if self.engines is not None:
             while self.engines.notes:
                 yield self.engines.notes.pop(0)
@@ -306,10 +306,10 @@ class RolloutStream(Iterator[HostBatch]):
                 f"warning: {where} are empty: the end came at once. The prompt may end with an end-of-sequence token, "
                 f"or the chat template may add no header for the assistant's turn"
             )
-        if rollouts and self._rollout.show_every and number % self._rollout.show_every == 0:
-            first = rollouts[0]
-            yield f"step {number}, a response to {first.source} ({first.length} tokens, {first.finish_reason}):"
-            yield first.text
+        every = self._rollout.show_every
+        if rollouts and every is not None and (number == 1 or number % every == 0):
+            question = next(a.prompt.text for a in asked if a.sampled)
+            yield f"step {number}: {sample_text(question, rollouts[0])}"
 
     def _why_nothing(self) -> str:
         seen = self.statistics

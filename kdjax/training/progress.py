@@ -25,7 +25,7 @@ class Display:
     """Prints to standard output, a terminal or a log; one a run."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self._seconds: dict[str, float] = defaultdict(float)
         self._progress: Progress | None = None
         self._task: Any = None
