@@ -11,7 +11,8 @@ from kdjax.config import SourceConfig, from_dict
 from kdjax.data import EndlessPrompts, Fault, Prompt, collate
 from kdjax.errors import UserError
 from kdjax.rollouts.log import Rollout, describe, distinct
-from kdjax.rollouts.stream import RolloutStream, advantages_of, rollout_document
+from kdjax.rollouts.responses import advantages_of, rollout_document
+from kdjax.rollouts.stream import RolloutStream
 
 END = 2
 
