@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pool import canary, faults, under_fire
+from benchmarks.pool_side import checksum as summed
 from bridge.cuda import gpus
 from bridge.dlpack import DLPackView, _held
 from bridge.errors import EngineError
@@ -228,6 +230,33 @@ def test_200_leases_under_threads_never_share_a_row(pool):
         thread.join()
     assert not stray
     assert pool.usage().free == 256 and pool._runs == [(0, 256)]
+
+
+def test_1000_batches_from_another_process_are_read_as_they_were_written():
+    """random sizes, canaries around every run, checksums on both sides, twice, in a pool that is always full"""
+    with HiddenPool.create(rows=400, width=40, dtype="bfloat16") as pool:
+        found = under_fire(pool, 1000, most=60)
+        assert pool._runs == [(0, 400)]
+    assert found["wrong"] == 0, found
+    assert found["runs"] > 1500 and found["fullest"] > 0.9
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_goes_wrong_in_a_pool_is_seen(dtype):
+    number, count = 7, 9
+    rows = np.random.default_rng(0).standard_normal((count, 40)).astype(dtype)
+    rows[[0, -1]] = canary(number)
+    expected = summed(torch.from_numpy(rows[1:-1].view(np.uint16).copy()).view(torch.int16))
+    assert not faults(rows, number, expected).total()
+    assert faults(rows, number + 1, expected) == {"changed": 0, "canaries": 1}
+    for place in ((0, 3), (-1, 39)):
+        torn = rows.copy()
+        torn[place] = 0
+        assert faults(torn, number, expected) == {"changed": 0, "canaries": 1}
+    assert faults(rows[[0, 2, 1, *range(3, count)]], number, expected) == {"changed": 1, "canaries": 0}
+    torn = rows.copy()
+    torn[4, 20] *= 1.01
+    assert faults(torn, number, expected) == {"changed": 1, "canaries": 0}
 
 
 def test_a_pool_that_does_not_fit_says_so():
