@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_tools import contents, without_teacher, write_config
+from run_tools import Watcher, contents, go, without_teacher, write_config
 
 from kdjax.config import from_dict, to_yaml
+from kdjax.errors import UserError
 from kdjax.train import main
 
 
@@ -134,6 +135,17 @@ def test_data(sft, tmp_path, capfd, which, name, content, words):
 def test_the_teacher_does_not_start_for_a_missing_file(values, tmp_path, capfd):
     source = {"path": str(tmp_path / "none.jsonl")}
     refused(changed(values, data={"train": [source]}, teacher={"path": str(tmp_path)}), capfd, "none.jsonl: no such")
+
+
+def test_packing_for_a_kernel_without_segments_is_warned_of_before_anything_loads(sft, tmp_path):
+    for packing in (True, False):
+        student = {"attention": "cudnn", "dtype": "bfloat16"}
+        data = {"packing": packing, "train": [{"path": str(tmp_path / "none.jsonl")}]}
+        display = Watcher()
+        with pytest.raises(UserError, match="no such"):
+            go(changed(sft, student=student, data=data), display)
+        assert [line for line in display.lines if "data.packing=false" in line] == display.lines
+        assert len(display.lines) == packing
 
 
 # Models and tokenizers

@@ -234,6 +234,15 @@ def test_resuming_within_an_epoch_asks_the_same_prompts_with_the_same_seeds(tmp_
     assert first.engines.asked + second.engines.asked == whole.engines.asked
 
 
+def test_without_packing_a_response_has_a_row_of_its_own_and_no_segments(tmp_path):
+    made = source(tmp_path, batch=4, data={"packing": False}, rollout={"prompts": 3})
+    host = next(made)
+    assert host.batch.segment_ids is None and host.batch.tokens.shape == (1, 4, 64)
+    assert len(host.documents) == 3
+    for placed, tokens in zip(host.documents, host.batch.tokens[0], strict=False):
+        assert tokens[: len(placed.document)].tolist() == placed.document.ids.tolist()
+
+
 def test_every_prompt_comes_once_an_epoch(tmp_path):
     made = source(tmp_path, rows=12)
     seen = []

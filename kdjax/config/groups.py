@@ -37,7 +37,7 @@ class StudentConfig:
     scan_layers: bool = True
     """Compile one layer for all; false compiles each apart, which takes longer once and runs faster on a CPU."""
     attention: Literal["xla", "cudnn"] = "xla"
-    """Attention implementation; `cudnn` needs a GPU and bfloat16."""
+    """Attention implementation; `cudnn` needs a GPU and bfloat16, and is at its best with `data.packing: false`."""
 
     def __post_init__(self) -> None:
         if self.init == "layers" and not self.layers:

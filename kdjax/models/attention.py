@@ -8,6 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 BLOCK, MOST_BLOCKS = 128, 4
+MASKED = (
+    "warning: student.attention=cudnn with data.packing: the kernel takes no segments, so packed documents are kept "
+    "apart by a mask of data.max_len² entries a row; with data.packing=false (and train.tokens_per_batch, but for "
+    "rollouts) it needs none"
+)
 
 
 def causal_attention(
@@ -23,7 +28,8 @@ def causal_attention(
 
     ``xla`` runs anywhere. It takes the queries in a few blocks, each against the keys up to its own end, which leaves
     out most of the scores that causality would mask: on two CPU cores half the time of one [S, S] block at S = 512.
-    ``cudnn`` (FlashAttention, 2205.14135) needs a GPU and bfloat16 or float16 and never forms the scores.
+    ``cudnn`` (FlashAttention, 2205.14135) needs a GPU and bfloat16 or float16 and never forms the scores. Segments
+    reach it as a mask, [B, 1, S, S], which it reads for every head; without segments there is none.
     """
     if implementation == "cudnn":
         mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]

@@ -91,7 +91,8 @@ class RolloutStream(Iterator[HostBatch]):
             self._log.write(number, rollouts)
         rows = self._place(number, asked, rollouts)
         shape = self._shape | {"accumulate": self._micro_batches(len(rows))}
-        host = collate(rows, seq_len=self._seq_len, known=self._loss_sizes, extras=self._extras, **shape)
+        shape |= {"known": self._loss_sizes, "packed": self._config.data.packing}
+        host = collate(rows, seq_len=self._seq_len, extras=self._extras, **shape)
         self._loss_sizes.add(host.batch.rows.shape[-1])
         self._number = number
         self._count(host, rollouts)

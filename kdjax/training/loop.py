@@ -22,6 +22,7 @@ from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import export_hf, load_model
+from kdjax.models.attention import MASKED
 from kdjax.training.about import machine, note, now
 from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
@@ -75,6 +76,8 @@ class _Run:
         check_evaluations(config.train.eval_functions)
         check_log(config.log)
         keep_compiled(config.train.compilation_cache, display.line)
+        if config.student.attention == "cudnn" and config.data.packing:
+            display.line(MASKED)
         with (
             RunFolder(config) as self.run_folder,
             self._open_stream() as self.stream,
