@@ -154,6 +154,10 @@ LINES: dict[str, tuple[Line, ...]] = {
     ),
     "trl_gkd": (
         Line("tokens/s, times TRL's GKDTrainer", ratio_of(("speed", "kdjax"), ("speed", "trl")), least=3),
+        Line(
+            "the same: share of the time that its matrix products need",
+            number("floor", "share", "kdjax", form="{:.0%}"),
+        ),
         Line("largest relative gap of the losses to TRL's", number("losses", "largest_relative_gap", form="{:.1e}")),
     ),
     "overlap": (

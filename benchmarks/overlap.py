@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import quickstart
 from benchmarks.record import ROOT, record, spread
 from benchmarks.timing import ROUNDS, quotient
+from kdjax.config import load_config
 from kdjax.training.metrics import read_metrics
 
 RESULT = ROOT / "benchmarks" / "results" / "overlap.json"
@@ -99,9 +100,16 @@ def measure(rounds: int = ROUNDS, steps: int = STEPS, *more: str) -> dict[str, A
         seconds["student"].append(turns["step"] - turns["teacher"])
         seconds["overlapped"].append(overlapped["step"])
         print(f"{number}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items()), flush=True)
+    config = load_config(quickstart.CONFIG, quickstart.overrides(OUT, 0, steps, *OVERRIDES, *more))
     longer = [max(pair) for pair in zip(seconds["teacher"], seconds["student"], strict=True)]
     return {
-        "steps": steps,
+        "shapes": {
+            "steps": steps,
+            "not_counted": WINDOW * WARM,
+            "rows": config.train.batch_size,
+            "length": config.data.max_len,
+            "dtypes": {"student": config.student.dtype, "teacher": config.teacher.dtype},
+        },
         "overrides": [*more],
         "seconds": {name: spread(each) for name, each in seconds.items()},
         "against_the_slower_alone": quotient(seconds["overlapped"], longer),

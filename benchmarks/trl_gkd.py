@@ -4,7 +4,9 @@
 
 Two comparisons. *Agreement*: unpacked, in file order, both take the same documents a step; the losses must be the same
 numbers. *Speed*: each in the form its users run, kdjax packed with SGLang as the teacher, TRL padded, as GKDTrainer has
-no packing; counted are tokens of documents, not padding. Runs take turns. TRL lives in an environment of its own, under
+no packing. TRL gets as many documents a step as hold about the tokens of a packed step of kdjax, and counted are tokens
+of documents, not padding. Runs take turns. The share of the floor is what of a run's time the matrix products that
+nobody can avoid would take alone, at the speed that one has on all cores. TRL lives in an environment of its own, under
 ``runs/benchmark``.
 """
 
@@ -15,18 +17,25 @@ import os
 import subprocess
 import sys
 import venv
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from benchmarks.record import ROOT, record, spread
+from benchmarks.timing import SECONDS, in_turns
+from kdjax.config import load_config
 
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 RESULT = ROOT / "benchmarks" / "results" / "trl_gkd.json"
 FOLDER = ROOT / "runs" / "benchmark" / "trl"
 PACKAGES = ["trl==1.16.0", "transformers>=5.12,<6", "accelerate", "datasets", "jinja2"]
 BATCH, AGREEMENT_STEPS = 8, 10
+PRODUCT = 1536  # rows and columns of the matrices that say how fast a product is
 STEPS, WARM, REPETITIONS = 40, 10, 3
 COMMON = {"learning_rate": 1e-3, "betas": [0.9, 0.95]}
 
@@ -76,25 +85,51 @@ def kdjax(name: str, steps: int, **more: Any) -> list[dict[str, Any]]:
     return [r for r in records if "loss" in r]
 
 
-def trl(python: Path, steps: int) -> dict[str, Any]:
-    job = {"student": str(FOLDER / "student"), "teacher": str(FOLDER / "teacher"), "batch": BATCH, "steps": steps}
+def trl(python: Path, steps: int, batch: int) -> dict[str, Any]:
+    job = {"student": str(FOLDER / "student"), "teacher": str(FOLDER / "teacher"), "batch": batch, "steps": steps}
     (FOLDER / "job.json").write_text(json.dumps(job | COMMON | {"threads": os.cpu_count()}))
     side = Path(__file__).with_name("trl_side.py")
     subprocess.run([str(python), str(side), str(FOLDER)], check=True, stdout=subprocess.DEVNULL, cwd=FOLDER)
     return json.loads((FOLDER / "result.json").read_text())
 
 
-def prepare() -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Size:
+    """What decides a model's matrix products: parameters of its layers, hidden width, ids in its vocabulary."""
+
+    layers: int
+    width: int
+    vocabulary: int
+
+
+def flops(student: Size, teacher: Size, loss_share: float) -> float:
+    """Of a document token, in products that have to be: layers forward and, the student's, backward (2 + 4 a weight),
+    the teacher's forward (2), and the heads of the share of tokens that carry loss. Attention is left out."""
+    layers = 6 * student.layers + 2 * teacher.layers
+    heads = 6 * student.width * student.vocabulary + 2 * teacher.width * teacher.vocabulary
+    return layers + loss_share * heads
+
+
+def product_flops(seconds: float = SECONDS) -> float:
+    """Floating-point operations a second of a float32 matrix product on all cores."""
+    matrix = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(matrix).block_until_ready()
+    timed = in_turns({"product": lambda: multiply(matrix).block_until_ready()}, rounds=1, seconds=seconds)
+    return 2 * PRODUCT**3 / timed["product"]["seconds"]
+
+
+def prepare() -> tuple[list[dict[str, Any]], dict[str, Size]]:
     """The student's initial weights as a folder, the teacher in float32, and the documents in the order of the data."""
-    from kdjax.config import load_config
     from kdjax.data import DataStream, load_tokenizer
     from kdjax.models import export_hf, load_model
 
-    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    config = load_config(CONFIG)
     teacher = ROOT / "examples" / "teacher"
     student = load_model(teacher, init="random", config=dict(config.student.config), seed=0)
     export_hf(student, FOLDER / "student", source=teacher, tokenizer=teacher)
-    export_hf(load_model(teacher), FOLDER / "teacher", source=teacher, tokenizer=teacher, dtype="float32")
+    given = load_model(teacher)
+    export_hf(given, FOLDER / "teacher", source=teacher, tokenizer=teacher, dtype="float32")
     data = DataStream(
         config.data, load_tokenizer(teacher), batch=BATCH, sources=config.data.train, in_order=True, epochs=1
     )
@@ -103,32 +138,60 @@ def prepare() -> list[dict[str, Any]]:
     documents = [{"ids": d.ids.tolist(), "loss": d.loss.tolist()} for d in placed[: 2 * STEPS * BATCH]]
     data.close()
     (FOLDER / "documents.json").write_text(json.dumps(documents))
-    return documents
+    return documents, {"student": size_of(student), "teacher": size_of(given)}
+
+
+def size_of(model: nnx.Module) -> Size:
+    config = model.config
+    head = config.hidden_size * config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    every = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return Size(every - head, config.hidden_size, config.vocab_size)
 
 
 def measure() -> dict[str, Any]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     python = environment()
-    documents = prepare()
+    documents, sizes = prepare()
     unpacked = {"data.packing": "false", "data.shuffle": "false", "train.batch_size": BATCH, "log.every": 1}
     ours = [r["kd"] for r in kdjax("agreement", AGREEMENT_STEPS, **unpacked)]
-    theirs = trl(python, AGREEMENT_STEPS)["losses"]
+    theirs = trl(python, AGREEMENT_STEPS, BATCH)["losses"]
     gaps = np.abs(np.subtract(ours, theirs)) / np.abs(theirs)
     print(f"losses: kdjax {ours[0]:.5f} … {ours[-1]:.5f}, TRL {theirs[0]:.5f} … {theirs[-1]:.5f}", flush=True)
     lengths = [len(d["ids"]) for d in documents]
+    needed = flops(sizes["student"], sizes["teacher"], sum(sum(d["loss"]) for d in documents) / sum(lengths))
     speeds: dict[str, list[float]] = {"kdjax": [], "trl": []}
+    shares: dict[str, list[float]] = {"kdjax": [], "trl": []}
     for number in range(REPETITIONS):
-        windows = [r for r in kdjax("speed", STEPS, **{"log.every": WARM}) if "tokens_per_second" in r]
-        speeds["kdjax"].append(mean(r["tokens_per_second"] for r in windows[1:]))
-        result = trl(python, STEPS)
+        windows = [r for r in kdjax("speed", STEPS, **{"log.every": WARM}) if "tokens_per_second" in r][1:]
+        speeds["kdjax"].append(mean(r["tokens_per_second"] for r in windows))
+        tokens = mean(r["tokens_per_second"] * r["seconds/step"] for r in windows)
+        batch = round(tokens / mean(lengths))
+        result = trl(python, STEPS, batch)
         seconds = result["times"][-1] - result["times"][WARM - 1]
-        speeds["trl"].append(sum(lengths[WARM * BATCH : STEPS * BATCH]) / seconds)
+        speeds["trl"].append(sum(lengths[WARM * batch : STEPS * batch]) / seconds)
+        floor = needed / product_flops()
+        for name, values in speeds.items():
+            shares[name].append(floor * values[-1])
         print(f"{number}: " + ", ".join(f"{k} {v[-1]:.0f} tokens/s" for k, v in speeds.items()), flush=True)
     summary = {name: spread(values) for name, values in speeds.items()}
     for each in summary.values():
         each["tokens_per_second"] = each.pop("seconds")
+    config = load_config(CONFIG, overrides(FOLDER, STEPS))
     return {
         "trl_version": result["trl"],
+        "shapes": {
+            "steps": STEPS,
+            "not_counted": WARM,
+            "dtype": config.student.dtype,
+            "kdjax": {"rows": config.train.batch_size, "length": config.data.max_len, "tokens_a_step": tokens},
+            "trl": {"documents": batch, "mean_length": mean(lengths), "longest": max(lengths)},
+            "models": {name: asdict(size) for name, size in sizes.items()},
+        },
+        "floor": {
+            "flops_a_token": needed,
+            "share": {name: median(each) for name, each in shares.items()},
+            "each": shares,
+        },
         "losses": {"kdjax": ours, "trl": theirs, "largest_relative_gap": float(gaps.max())},
         "speed": summary,
         "ratio": summary["kdjax"]["tokens_per_second"] / summary["trl"]["tokens_per_second"],

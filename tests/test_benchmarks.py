@@ -14,6 +14,7 @@ from benchmarks import divergences, fused_loss, growth, overlap, quickstart, tab
 from benchmarks.lines import LINES
 from benchmarks.naive import DIVERGENCES, JAX, torch_library
 from kdjax.config import load_config
+from kdjax.models import load_model
 from kdjax.training.folder import RunFolder
 
 
@@ -170,6 +171,16 @@ def test_the_readme_shows_the_committed_results():
     shown = table.README.read_text().split(table.MARK)[1].strip()
     assert shown == table.table(results), "run python -m benchmarks.table"
     assert set(results) - set(LINES) == {name for name in results if "gpu" in results[name]}
+
+
+def test_the_floor_counts_the_products_of_both_models(root):
+    """of the quickstart's student, by hand: four layers of q, o 128 × 128, k, v 128 × 64, three of 128 × 384, norms"""
+    layers = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 32 + 2 * 128) + 128
+    config = dict(load_config(quickstart.CONFIG).student.config)
+    model = load_model(root / "examples" / "teacher", abstract=True, init="random", config=config)
+    assert trl_gkd.size_of(model) == trl_gkd.Size(layers, 128, model.config.vocab_size)
+    sizes = trl_gkd.Size(1000, 2, 30), trl_gkd.Size(4000, 5, 30)
+    assert trl_gkd.flops(*sizes, loss_share=0.5) == 6000 + 8000 + 0.5 * (360 + 300)
 
 
 @pytest.mark.full
