@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.divergences import AT_MANY, FEW, MANY, VOCABULARIES
@@ -125,19 +125,63 @@ def _exact_match(r: Result) -> Found:
     return Found(f"{means['on_policy']:.1f} % against {means['off_policy']:.1f} % off-policy, forward KL")
 
 
-def _fastest_loss(r: Result, key: str = "floor_ratio", scale: float = 1.0) -> Found:
-    tried = {name: case for name, case in r["loss"].items() if name.startswith("kl, ")}
-    name = min(tried, key=lambda name: tried[name]["floor_ratio"])
-    value = tried[name][key] / scale
-    return Found(f"{value:.2f} ({name})", value, tried[name]["spread"])
+def _fastest_loss(r: Result, memory: bool = False) -> Found:
+    tried = {name: case for name, case in r["loss"]["fused"].items() if name.startswith("kl, ")}
+    name = min(tried, key=lambda name: tried[name]["times_the_floor"]["ratio"])
+    if memory:
+        value = tried[name]["bytes_above_inputs"] / 1e9
+        return Found(f"{value:.2f} ({name})", value)
+    found = _ratio(tried[name]["times_the_floor"])
+    return Found(f"{found.text} ({name})", found.value, found.spread)
+
+
+def _liger(r: Result) -> Found:
+    cases = r["loss"]["fused"]
+    ours = next(case for name, case in cases.items() if name.startswith("jsd, "))
+    found = _ratio(quotient(ours["repetitions"], cases["liger, jsd"]["repetitions"]))
+    memory = ours["bytes_above_inputs"] / cases["liger, jsd"]["bytes_above_inputs"]
+    return Found(f"time {found.text}, memory {memory:.2f}", found.value, found.spread)
 
 
 def _mfu(r: Result, size: str) -> Found:
     tried = {name: case for name, case in r["step"].items() if name.startswith(f"{size},") and case.get("mfu")}
-    name = max(tried, key=lambda name: tried[name]["mfu"], default=None)
-    if name is None:
+    if not tried:
         raise KeyError(size)
-    return Found(f"{tried[name]['mfu']:.1%} ({name})", tried[name]["mfu"], tried[name]["spread"])
+    best = max(tried, key=lambda name: tried[name]["mfu"])
+    text = ", ".join(f"{case['mfu']:.1%} ({name.removeprefix(f'{size}, ')})" for name, case in tried.items())
+    return Found(text, tried[best]["mfu"], tried[best]["spread"])
+
+
+def _speed(r: Result, *keys: str) -> Found:
+    """tokens/s of a run's windows"""
+    found = _at(r, "runs", *keys)
+    return Found(f"{found['median']:,.0f}", found["median"], found["spread"])
+
+
+def _synced(r: Result) -> Found:
+    run = r["runs"]["on-policy"]
+    seconds = run["sync"]["seconds"]
+    text = f"{seconds:.2f} s of a step of {run['step']['seconds']:.2f} s, {run['sync_bytes_per_second'] / 1e9:.1f} GB/s"
+    return Found(text, seconds, run["sync"]["spread"])
+
+
+def _rates(r: Result, *ways: tuple[str, ...]) -> Found:
+    """GB/s of each, whose last key is its name"""
+    each = [_at(r, *way) for way in ways]
+    text = ", ".join(f"{way[-1]} {x['bytes_per_second'] / 1e9:.1f}" for way, x in zip(ways, each, strict=True))
+    return Found(text, None, max(x["spread"] for x in each))
+
+
+def _given_back(r: Result, *names: str) -> Found:
+    each = {name: r["sharing"]["allocators"][name] for name in names}
+    return Found(", ".join(f"{name} {x['given_back'] / x['taken']:.0%}" for name, x in each.items()))
+
+
+def _slept(r: Result) -> Found:
+    engine = r["sharing"]["engine"]
+    freed, asleep, awake = median(engine["sleep"]["driver_gained"]), *(engine[x]["seconds"] for x in ("sleep", "wake"))
+    text = f"{freed / 1e9:.1f} of {engine['taken'] / 1e9:.1f} GB; asleep in {asleep:.2f} s, awake in {awake:.2f} s"
+    return Found(text, freed / engine["taken"], engine["sleep"]["spread"])
 
 
 LINES: dict[str, tuple[Line, ...]] = {
@@ -178,12 +222,26 @@ LINES: dict[str, tuple[Line, ...]] = {
 
 GPU: tuple[Line, ...] = (
     Line("fused KL, 8,192 tokens, H 4,096, V 128k, bf16: time of the matrix products", _fastest_loss, most=1.35),
-    Line("the same: memory above the inputs, GB", partial(_fastest_loss, key="bytes_above_inputs", scale=1e9), most=4),
+    Line("the same: memory above the inputs, GB", partial(_fastest_loss, memory=True), most=4),
+    Line("fused JSD there: share of Liger's", _liger),
     Line("student step, Qwen3 0.6B: MFU", partial(_mfu, size="0.6B")),
     Line("student step, Qwen3 1.7B: MFU", partial(_mfu, size="1.7B"), least=0.5),
     Line("student step, Qwen3 4B: MFU", partial(_mfu, size="4B"), least=0.5),
-    Line("pool by CUDA IPC, of a plain device copy", number("pool", "share_of_plain_copy", form="{:.2f}"), least=0.8),
-    Line("wrong numbers in 1,000 batches through the pool", number("pool", "wrong_numbers", form="{:.0f}"), most=0),
-    Line("end to end with SGLang, tokens/s", number("engine", "tokens_per_second", form="{:,.0f}")),
+    Line("pool by CUDA IPC, of a plain device copy", ratio("pool", "bandwidth", "share_of_plain_copy"), least=0.8),
+    Line("wrong runs in 1,000 batches through the pool", number("pool", "fire", "wrong", form="{:.0f}"), most=0),
+    Line("end to end with SGLang, tokens/s", lambda r: _speed(r, "off-policy", "beside", "tokens_per_second")),
+    Line(
+        "the same: step of the sum of its parts",
+        number("runs", "off-policy", "of_the_sum_of_parts", form="{:.2f}"),
+    ),
+    Line("the teacher's prefill, tokens/s", number("runs", "off-policy", "prefill_tokens_per_second", form="{:,.0f}")),
+    Line("weights of an on-policy step to SGLang", _synced),
+    Line("weights to an engine, GB/s", lambda r: _rates(r, ("sync", "on the device"), ("sync", "through the host"))),
+    Line("SGLang asleep gives the driver", _slept),
+    Line(
+        "parameters to the host and back, GB/s",
+        lambda r: _rates(r, ("sharing", "parameters", "sleep"), ("sharing", "parameters", "wake")),
+    ),
+    Line("a deleted array given back, by JAX's allocator", lambda r: _given_back(r, "default", "cuda_async")),
 )
 """Of every file that ``benchmarks.gpu`` wrote, whatever its name."""

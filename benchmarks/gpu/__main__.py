@@ -1,0 +1,131 @@
+"""What a GPU is asked to prove: `make gpu`, or
+
+    python -m benchmarks.gpu                       # all of it, the most telling first, in less than ten minutes
+    python -m benchmarks.gpu --sections loss step
+    python -m benchmarks.gpu --toy                 # tiny shapes, on a CPU too: does every section run?
+
+A case of a section has a process of its own, so one that fails, or does not end, takes no other with it, and what is
+measured is written at once, to ``benchmarks/results/<machine>.json``, and at the end into the README's table. What
+there is no time for says so.
+
+    loss     the fused loss in bf16, against the matrix products it cannot avoid, and Liger's where it is installed
+    step     the student's training step at the shapes of Qwen3 0.6B, 1.7B and 4B: share of the peak (MFU)
+    runs     whole runs with SGLang on the same GPU: prefill, transfer, step, weight sync
+    pool     hidden rows from another process by CUDA IPC: every batch checked, bandwidth against a plain copy
+    sync     a student's weights into an engine: on the device by CUDA IPC, and through the host
+    sharing  what sleeping engines, parked parameters and JAX's allocators give back to the driver
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import table
+from benchmarks.record import ROOT, record
+
+# Section, case and the seconds after which it is stopped, goals first.
+JOBS: tuple[tuple[str, str | None, int], ...] = (
+    ("loss", None, 100),
+    ("step", "1.7B, 4 rows, remat dots", 75),
+    ("step", "4B, 2 rows, remat dots", 75),
+    ("pool", None, 50),
+    ("runs", "off-policy", 170),
+    ("runs", "on-policy", 120),
+    ("step", "1.7B, 4 rows, remat none", 75),
+    ("step", "4B, 2 rows, remat none", 75),
+    ("sharing", "parameters", 45),
+    ("sharing", "engine", 75),
+    ("sync", None, 75),
+    ("sharing", "allocators", 45),
+    ("step", "0.6B, 8 rows, remat dots", 60),
+    ("step", "0.6B, 8 rows, remat none", 60),
+)
+SECTIONS = tuple(dict.fromkeys(section for section, *_ in JOBS))
+SECONDS = 585  # of all together
+
+
+def run(section: str, case: str | None, seconds: float, toy: bool, folder: Path) -> dict[str, Any]:
+    """The case in a process group of its own; ``failed`` says why there is nothing else."""
+    part = folder / "part.json"
+    part.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--job", section, case or "", "--folder", str(folder)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    start = time.perf_counter()
+    with (folder / "said").open("w+") as said:
+        process = subprocess.Popen(
+            command + ["--toy"] * toy, cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        late = process.poll() is None
+        if late:
+            os.killpg(process.pid, signal.SIGKILL)  # engines notice that their trainer is gone
+            process.wait()
+        said.seek(0)
+        end = said.read()[-4000:]
+    if part.exists():
+        found = json.loads(part.read_text())
+    else:
+        found = {"failed": f"stopped after {seconds:.0f} s\n{end}" if late else end}
+    return found | {"wall_seconds": time.perf_counter() - start}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--toy", action="store_true", help="tiny shapes, one case of a kind")
+    parser.add_argument("--out", type=Path, help="where results go (default: benchmarks/results/<machine>.json)")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="for all together (default: %(default)s)")
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        section, case = given.job
+        found = importlib.import_module(f"benchmarks.gpu.{section}").measure(case or None, given.toy, given.folder)
+        (given.folder / "part.json").write_text(json.dumps(found))
+        return 0
+    gpu = _gpu_name()
+    if gpu is None and not given.toy:
+        print("error: no GPU answers here (nvidia-smi); --toy runs the same sections at tiny shapes on a CPU")
+        return 2
+    out = given.out or table.RESULTS / f"{re.sub('[^a-z0-9]+', '_', (gpu or 'toy').lower()).strip('_')}.json"
+    measured: dict[str, Any] = {"gpu": gpu, "toy": given.toy}
+    end, failed = time.monotonic() + given.seconds, False
+    with tempfile.TemporaryDirectory() as folder:
+        for section, case, seconds in JOBS:
+            if section not in given.sections or (given.toy and section == "step" and section in measured):
+                continue
+            left = min(seconds, end - time.monotonic())
+            found = run(section, case, left, given.toy, Path(folder)) if left > 0 else {"failed": "no time was left"}
+            failed |= "failed" in found
+            measured |= {section: found} if case is None else {section: measured.get(section, {}) | {case: found}}
+            record(out, measured)
+            print(f"== {section} {case or ''}: {json.dumps(found, indent=1)[:3500]}", flush=True)
+    if out.parent == table.RESULTS:
+        table.main()
+    return int(failed)
+
+
+def _gpu_name() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (FileNotFoundError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The fused loss in bf16 at H = 4,096, V = 128,256, 8,192 tokens, against the matrix products that it cannot avoid.
+
+The products alone, the fused loss at several sizes of its chunks and, where it can be imported, Liger's fused linear
+JSD (2410.10989) take turns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.record import spread
+from benchmarks.timing import SECONDS, in_turns, quotient
+from kdjax.losses import linear_divergence
+
+PRODUCTS = {"logits": "nd,dv->nv", "hidden gradient": "nv,dv->nd", "head gradient": "nd,nv->dv"}
+CASES = {"kl": (1024, 2048, 4096), "jsd": (2048,)}  # rows of a chunk
+
+
+def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
+    rows, width, vocabulary = (256, 64, 4096) if toy else (8192, 4096, 128_256)
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, teacher_hidden = (jax.random.normal(key, (rows, width), jnp.bfloat16) for key in keys[:2])
+    head, teacher_head = (jax.random.normal(k, (width, vocabulary), jnp.bfloat16) * width**-0.5 for k in keys[2:])
+    arrays = hidden, head, teacher_hidden, teacher_head
+    slope = jnp.full((rows, vocabulary), 1e-3, jnp.bfloat16)
+    mask = jnp.ones(rows, bool)
+    programs: dict[str, Callable[[], Any]] = {}
+
+    operands = {"logits": (hidden, head), "hidden gradient": (slope, head), "head gradient": (hidden, slope)}
+    for name, spec in PRODUCTS.items():
+        product = jax.jit(lambda a, b, spec=spec: jnp.einsum(spec, a, b))
+        programs[name] = lambda f=product, pair=operands[name]: jax.block_until_ready(f(*pair))
+
+    planned = {}
+    for divergence, chunks in CASES.items():
+        for chunk in chunks:
+
+            def run(*arrays: jax.Array, divergence: str = divergence, chunk: int = chunk) -> jax.Array:
+                return linear_divergence(*arrays, divergence=divergence, mask=mask, chunk_rows=chunk)[0]
+
+            name = f"{divergence}, chunks of {chunk}"
+            compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*arrays).compile()
+            programs[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
+            memory = compiled.memory_analysis()
+            planned[name] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    liger = None if toy or importlib.util.find_spec("liger_kernel") is None else Liger(rows, width, vocabulary)
+    if liger is not None:
+        programs["liger, jsd"] = liger
+    for program in programs.values():
+        program()
+    timed = in_turns(programs, seconds=0.0 if toy else SECONDS)
+
+    products = {name: timed.pop(name) for name in PRODUCTS}
+    logits, *gradients = (products[name]["repetitions"] for name in PRODUCTS)
+    floors = [2 * forward + sum(backward) for forward, *backward in zip(logits, *gradients, strict=True)]
+    for name, result in timed.items():
+        result["times_the_floor"] = quotient(result["repetitions"], floors)
+        result["bytes_above_inputs"] = planned[name] if name in planned else liger.peak_bytes()
+    flops = 8 * rows * width * vocabulary
+    floor = spread(floors) | {"products": products}
+    return {
+        "shapes": {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"},
+        "floor": floor | {"tflops": flops / floor["seconds"] / 1e12},
+        "fused": timed,
+    }
+
+
+class Liger:
+    """The same loss by Liger's kernels, forward and backward, on random inputs of its own."""
+
+    def __init__(self, rows: int, width: int, vocabulary: int) -> None:
+        import torch
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+        def drawn(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
+
+        self._cuda, self._loss = torch.cuda, LigerFusedLinearJSD(jsd_beta=0.5)
+        self._student = [drawn(rows, width), drawn(vocabulary, width, scale=width**-0.5)]
+        self._teacher = [drawn(rows, width), drawn(vocabulary, width, scale=width**-0.5)]
+        for x in self._student:
+            x.requires_grad_()
+
+    def __call__(self) -> None:
+        for x in self._student:
+            x.grad = None
+        self._loss(*self._student, *self._teacher).backward()
+        self._cuda.synchronize()
+
+    def peak_bytes(self) -> int:
+        """How far torch's memory rises above the inputs, gradients included."""
+        for x in self._student:
+            x.grad = None
+        before = self._cuda.memory_allocated()
+        self._cuda.reset_peak_memory_stats()
+        self()
+        return self._cuda.max_memory_allocated() - before

@@ -1,0 +1,146 @@
+"""Whole runs with SGLang on the same GPU, at Qwen3's shapes with random weights, and what their metrics say.
+
+off-policy   the teacher beside the student, and then in turns with it: prefill, transfer, step, their sum
+on-policy    the student writes, learns, and its weights go to its engine
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.shapes import shape
+from benchmarks.record import ROOT, spread
+from bridge.checkpoint import read_facts
+from kdjax.training.metrics import read_metrics
+
+TEACHER, STUDENT = "4B", "0.6B"
+# What SGLang needs when only the kernels that Triton compiles are installed.
+SGLANG = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "disable_custom_all_reduce": True,
+}
+NAMES = ("step", "teacher", "waiting", "transfer", "student", "sync", "generate")
+
+
+def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
+    teacher = teacher_folder(folder, toy)
+    return {"off-policy": off_policy, "on-policy": on_policy}[case](teacher, folder, toy)
+
+
+def off_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
+    steps, every, length, rows = (4, 1, 256, 4) if toy else (25, 5, 256, 128)
+    values = common(teacher, toy, steps, every) | {
+        "data.max_len": length,
+        "data.packing": False,  # most documents fill half a row, and cuDNN's attention needs no mask
+        "train.batch_size": rows,
+    }
+    beside, turns = (
+        run(folder / f"lookahead-{ahead}", values | {"teacher.lookahead": ahead}, skip=1 if toy else 2)
+        for ahead in (1, 0)
+    )
+    tokens = turns["tokens_per_second"]["median"] * turns["step"]["seconds"]
+    return {
+        "shapes": {"steps": steps, "rows": rows, "length": length, "teacher": TEACHER, "student": STUDENT},
+        "beside": beside,
+        "in_turns": turns,
+        "tokens_a_step": tokens,
+        "prefill_tokens_per_second": tokens / turns["teacher"]["seconds"],
+        "of_the_sum_of_parts": beside["step"]["seconds"] / turns["step"]["seconds"],
+    }
+
+
+def on_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
+    steps, every, length, rows = (3, 1, 256, 4) if toy else (8, 1, 512, 32)
+    out = folder / "on-policy"
+    values = common(teacher, toy, steps, every) | {
+        "data.max_len": length,
+        "data.packing": False,
+        "train.batch_size": rows,
+        "distill.on_policy_fraction": 1.0,
+        "distill.kd_ratio": 1.0,
+        "distill.loss": "rkl",
+        "rollout.max_new_tokens": 8 if toy else 128,
+        "rollout.max_k3": None,  # random weights in bf16: what is measured is time
+        "rollout.engine": "transformers" if toy else "sglang",
+    }
+    if not toy:
+        values |= {"rollout.mem_fraction": 0.15, "rollout.threads": None, "rollout.args": SGLANG}
+    found = run(out, values, skip=1)
+    size = sum(file.stat().st_size for file in (out / "student").glob("*.safetensors"))
+    return found | {
+        "shapes": {"steps": steps, "rows": rows, "length": length, "teacher": TEACHER, "student": STUDENT},
+        "weights_bytes": size,
+        "sync_bytes_per_second": size / found["sync"]["seconds"],
+        "dtype": read_facts(out / "student").dtype,
+    }
+
+
+def teacher_folder(folder: Path, toy: bool) -> Path:
+    """Random weights of the teacher's shape, written by the first section that needs them."""
+    out = folder / "teacher"
+    if not out.exists():
+        from kdjax.models import export_hf, load_model
+
+        model = load_model(None, config=shape(TEACHER, toy), init="random", param_dtype="bfloat16", seed=1)
+        export_hf(model, out, tokenizer=ROOT / "examples" / "tokenizer")
+    return out
+
+
+def common(teacher: Path, toy: bool, steps: int, every: int) -> dict[str, Any]:
+    """What both kinds of run change in the quickstart's configuration."""
+    values = {
+        "student.path": None,
+        "student.config": shape(STUDENT, toy),
+        "student.scan_layers": True,
+        "teacher.path": str(teacher),
+        "train.steps": steps,
+        "train.eval_every": None,
+        "train.eval_rows": 8,
+        "train.learning_rate": 1e-4,
+        "train.min_lr": 0.0,
+        "log.every": every,
+        "log.tensorboard": False,
+        "log.sample_prompt": None,
+        "log.samples": 0,
+        "log.report": False,
+        "checkpoint.check_export": False,
+    }
+    if toy:
+        return values | {"teacher.engine": "transformers", "teacher.dtype": "float32"}
+    return values | {
+        "student.dtype": "bfloat16",
+        "student.attention": "cudnn",
+        "teacher.dtype": "bfloat16",
+        "teacher.threads": None,
+        "teacher.mem_fraction": 0.2,
+        "teacher.args": SGLANG | {"chunked_prefill_size": -1, "max_total_tokens": 131072},
+    }
+
+
+def run(out: Path, values: dict[str, Any], skip: int) -> dict[str, Any]:
+    """Train; of what lies in the metrics' windows behind the first ``skip``: median, every window, spread.
+
+    Raises RuntimeError with the end of what the run and its engines printed.
+    """
+    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/quickstart.yaml", f"output={out}"]
+    command += [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        logs = [f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in out.glob("*.log")]
+        raise RuntimeError("\n".join([done.stdout[-1500:], done.stderr[-2500:], *logs]))
+    windows = [r for r in read_metrics(out / "metrics.jsonl") if "seconds/step" in r][skip:]
+    found = {name: spread([w[f"seconds/{name}"] for w in windows]) for name in NAMES if f"seconds/{name}" in windows[0]}
+    speeds = spread([w["tokens_per_second"] for w in windows])
+    speeds["median"] = speeds.pop("seconds")
+    shutil.rmtree(out / "checkpoints")  # gigabytes
+    return found | {"tokens_per_second": speeds, "losses": [w["loss"] for w in windows]}

@@ -1,0 +1,92 @@
+"""The student's training step at Qwen3's 0.6B, 1.7B and 4B, with and without remat: share of the chip's peak (MFU).
+
+Float32 masters and moments, bfloat16 compute, rows of 4,096 tokens that are one document each, as every recipe has it.
+A case has a process of its own, so what another has left behind, or failed for, is none of its memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu.shapes import shape
+from benchmarks.timing import in_turns
+from kdjax.algorithms import Teacher, make_algorithm
+from kdjax.config import from_dict
+from kdjax.data import Batch
+from kdjax.losses import Head
+from kdjax.sharding import make_mesh
+from kdjax.training.optimizer import make_optimizer
+from kdjax.training.sources import to_device
+from kdjax.training.step import Step, make_step
+from kdjax.training.student import make_student
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets
+SECONDS = 1.5  # of steps in a round
+
+
+def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
+    size, count, remat = case.split(", ")
+    rows, remat = int(count.removesuffix(" rows")), remat.removeprefix("remat ")
+    length, teacher_width = (128, 96) if toy else (4096, 4096)
+    step = make(size, remat, toy, teacher_width)
+    batch = to_device(full_batch(rows, length, teacher_width), step.mesh)
+
+    def run() -> None:
+        jax.block_until_ready(step(batch)["loss"])
+
+    run()  # compiles
+    run()
+    timed = in_turns({"step": run}, seconds=0.0 if toy else SECONDS)["step"]
+
+    config = shape(size, toy)
+    parameters = sum(x.size for x in jax.tree.leaves(step.state["params"]["student"]))
+    # 6 a weight and token (the tied head's included), causal attention forward and backward, and the teacher's logits.
+    attention = 6 * config["num_hidden_layers"] * length * config["num_attention_heads"] * config["head_dim"]
+    flops = rows * length * (6 * parameters + attention + 2 * teacher_width * config["vocab_size"])
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in jax.devices()[0].device_kind), None)
+    return timed | {
+        "shapes": {"rows": rows, "length": length, "teacher_width": teacher_width, "loss_rows": rows * length},
+        "parameters": parameters,
+        "tokens_per_second": rows * length / timed["seconds"],
+        "flops": flops,
+        "peak_flops": peak,
+        "mfu": None if peak is None else flops / timed["seconds"] / peak,
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def make(size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[str, ...] = ()) -> Step:
+    """The step of a run with a teacher of this width, on one device, as ``kdjax.train`` builds it."""
+    config = shape(size, toy)
+    student = {"init": "random", "config": config, "dtype": "bfloat16", "param_dtype": "float32", "remat": remat}
+    settings = from_dict(
+        {
+            "student": student | {"attention": "xla" if toy else "cudnn"},
+            "data": {"train": [{"path": "none"}], "tokenizer": "none", "packing": False},
+            "distill": {"kd_ratio": 0.5},
+        }
+    )
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = make_student(settings, mesh)
+    weight = jax.random.normal(jax.random.key(1), (config["vocab_size"], teacher_width), jnp.bfloat16) * 0.02
+    algorithm = make_algorithm(settings, model, (Teacher(Head(weight, layout="vd"), teacher_width, "random"),))
+    return make_step(model, algorithm, make_optimizer(settings.train, 1000), mesh, offload)
+
+
+def full_batch(rows: int, length: int, teacher_width: int) -> Batch:
+    """A document a row, without padding or segments; every token carries loss."""
+    count = rows * length
+    return Batch(
+        tokens=np.random.default_rng(0).integers(1, 4000, (1, rows, length)).astype(np.int32),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), (1, rows, length)),
+        segment_ids=None,
+        rows=np.arange(count, dtype=np.int32)[None, None],
+        labels=np.ones((1, count), np.int32),
+        mask=np.ones((1, count), bool),
+        teacher_hidden=(np.full((1, count, teacher_width), 0.1, jnp.bfloat16),),
+    )
