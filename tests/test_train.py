@@ -96,19 +96,6 @@ def test_eight_devices_give_the_losses_of_one(run_values, tmp_path):
     assert one == pytest.approx(eight, rel=1e-5)
 
 
-def test_a_checkpoint_of_eight_devices_goes_on_with_one(run_values, tmp_path):
-    without_teacher(run_values)
-    run_values["train"]["batch_size"] = 8
-    run_values["checkpoint"] |= {"save_every": 3, "keep": 5}
-    go(run_values, mesh={"data": 2, "fsdp": 2, "tensor": 2})
-    run = tmp_path / "run"
-    first = losses(run)
-    shutil.rmtree(run / "checkpoints" / "6")
-    shutil.rmtree(run / "export")
-    go(run_values, mesh={"data": 1})
-    assert losses(run) == pytest.approx(first, rel=1e-5)
-
-
 def test_accumulation_gives_the_same_run(run_values, tmp_path):
     without_teacher(run_values)
     go(run_values, output=str(tmp_path / "one"))
