@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks.record import commit, record, write_between
-from kdjax.config import load_config
+from kdjax.config import load_config, to_dict
 from kdjax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,7 @@ README = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
 COMMIT = "commit"  # of a run's folder: the file that says which one made it
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
+UNREAD = ("output", "overwrite", "rollout", "generate")
 LONG = 2
 TIMED_STEPS, TIMED_RUNS, WINDOW = 60, 3, 5
 
@@ -59,12 +60,15 @@ def run(name: str, seed: int, steps: int, *more: str) -> list[dict[str, Any]]:
 
 
 def is_run_of(out: Path, asked: list[str]) -> bool:
-    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now."""
+    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now.
+
+    A key that is younger than the run counts with its default; of what a run without rollouts never reads, none does.
+    """
     try:
-        saved = load_config(out / "config.yaml", [f"output={out}", "overwrite=false"])
+        saved, now = load_config(out / "config.yaml"), load_config(CONFIG, asked)
     except UserError:  # nothing there, or a configuration of another version
         return False
-    return saved == load_config(CONFIG, asked)
+    return all(getattr(saved, name) == getattr(now, name) for name in to_dict(now) if name not in UNREAD)
 
 
 def made_at() -> str:

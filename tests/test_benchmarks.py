@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import loss_reference
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks import divergences, fused_loss, growth, overlap, quickstart, table, timing, transport, trl_gkd
 from benchmarks.gpu import __main__ as gpu
@@ -57,6 +58,13 @@ def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, m
     (tmp_path / "kd-0" / "result.json").unlink()  # stopped on the way: it goes on
     quickstart.run("kd", 0, 8, *quickstart.SFT)
     assert asked == [True] * 3 + [False]
+    saved = tmp_path / "kd-0" / "config.yaml"
+    values = yaml.safe_load(saved.read_text())
+    values["rollout"]["show_every"] = 7  # another version's default, which this run does not read
+    del values["train"]["compilation_cache"]  # younger than the run
+    saved.write_text(yaml.safe_dump(values))
+    quickstart.run("kd", 0, 8, *quickstart.SFT)
+    assert len(asked) == 4
     (tmp_path / "kd-0" / "commit").unlink()
     assert quickstart.made_at() == "unknown"
 
