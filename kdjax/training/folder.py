@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,25 @@ from kdjax.models import recover_exports
 from kdjax.training.checkpoint import refuse_other_config
 
 LOCK, LOG, KNOWN, DONE = ".lock", "engine.log", "config.yaml", "result.json"
+# All that a run writes, as docs/concepts.md tells it. What else is in the folder is not the run's to remove: answers
+# that another command wrote there by default, or a person's own files.
+WRITTEN = (
+    *(
+        LOCK,
+        LOG,
+        KNOWN,
+        DONE,
+        "run.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "wandb",
+        "wandb.id",
+        "report.html",
+        "figures",
+    ),
+    *("checkpoints", "best", "export", "export.log", "export_teacher", "damaged", "profile"),
+    *("rollouts", "student", "student[0-9]*.log"),
+)
 # An earlier run: on its way aside or back, wholly aside, and no longer wanted.
 _MOVING, _ASIDE, _TRASH = ".replaced.part", ".replaced", ".discarded"
 
@@ -27,8 +47,8 @@ class RunFolder:
     """Opens ``config.output`` for writing, locked until ``close``.
 
     Until ``keep`` is called the run has only been tried: closing then puts the folder back as it was, an earlier run
-    that ``overwrite`` is to replace included, so that a fault in the configuration or the data costs nothing. The lock
-    goes with the process, so a dead run's does not last.
+    that ``overwrite`` is to replace included, so that a fault in the configuration or the data costs nothing. What no
+    run writes stays where it is. The lock goes with the process, so a dead run's does not last.
 
     Raises UserError when another run holds the folder, when it holds a finished run or one of another configuration,
     or when it cannot be written.
@@ -141,21 +161,24 @@ class RunFolder:
     def _set_aside(self) -> None:
         moving = self.path / _MOVING
         moving.mkdir()
-        for entry in list(self.path.iterdir()):
-            if entry.name not in (LOCK, LOG, _MOVING):
+        for entry in self._written():
+            if entry.name not in (LOCK, LOG):
                 entry.rename(moving / entry.name)
         moving.rename(self.path / _ASIDE)
 
     def _put_back(self, stays: set[str]) -> None:
-        """Remove all but ``stays``; if an earlier run was set aside, remove its successor and move it back."""
+        """Remove what this run wrote but for ``stays``; move an earlier run that was set aside back into its place."""
         aside = self.path / _ASIDE
-        stays = {_ASIDE, *((stays & {LOCK, LOG}) if aside.exists() else stays)}
-        for entry in list(self.path.iterdir()):
+        stays = (stays & {LOCK, LOG}) if aside.exists() else stays
+        for entry in self._written():
             if entry.name not in stays:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if aside.exists():
             aside.rename(self.path / _MOVING)
             self._move_back()
+
+    def _written(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if any(fnmatchcase(path.name, name) for name in WRITTEN)]
 
     def _move_back(self) -> None:
         moving = self.path / _MOVING
