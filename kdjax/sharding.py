@@ -66,7 +66,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if len(free) > 1:
         raise UserError(f"mesh: only one of data, fsdp and tensor may be -1, got {', '.join(free)}")
     fixed = prod(size for size in sizes.values() if size != -1)
-    if free and len(devices) % fixed == 0:
+    if free and fixed > 0 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if prod(sizes.values()) != len(devices):
         asked = " × ".join(f"{name} {size}" for name, size in sizes.items())

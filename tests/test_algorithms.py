@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from step_tools import E, config, host_batch, make, parameters, run
 
-from kdjax.algorithms import make_algorithm
+from kdjax.algorithms import Vanilla, check_names, make_algorithm, register_algorithm
 from kdjax.errors import UserError
 
 
@@ -50,12 +50,31 @@ def test_without_a_teacher_every_algorithm_is_sft():
         ({"loss": "kll"}, ["distill.loss", "'kl'"]),
         ({"loss": "jsd", "loss_args": {"jsd_beta": 1.5}}, ["jsd_beta", "1.5"]),
         ({"loss": "kl", "loss_args": {"beta": 1.5}}, ["kl", "beta"]),
-        ({"algorithm": "feature", "algorithm_args": {"layer": 1}}, ["feature_layer", "layer"]),
+        ({"algorithm": "feature", "algorithm_args": {"layer": 1}}, ["feature_layer", "not layer"]),
+        ({"algorithm": "vanilla", "algorithm_args": {"signal": 1}}, ["vanilla takes none, not signal"]),
+        ({"algorithm": "sft", "algorithm_args": {"signal": 1}}, ["sft takes none, not signal"]),
+        ({"algorithm": "policy_gradient", "algorithm_args": {"sign": 1}}, ["takes signal, not sign"]),
     ],
 )
 def test_impossible_choices_are_one_line(distill, words):
     with pytest.raises(UserError) as error:
-        run(make(distill=distill), 1)
+        check_names(config(distill=distill))
+        run(make(distill=distill), 1)  # what a loss says of its values
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_an_algorithm_of_ones_own_takes_what_it_says():
+    @register_algorithm("takes a word")
+    class Takes(Vanilla):
+        arguments = ("word",)
+
+    @register_algorithm("looks itself")
+    class LooksItself(Vanilla):  # what Vanilla takes is not what this takes
+        pass
+
+    check_names(config(distill={"algorithm": "takes a word", "algorithm_args": {"word": 1}}))
+    check_names(config(distill={"algorithm": "looks itself", "algorithm_args": {"anything": 1}}))
+    with pytest.raises(UserError, match="takes a word takes word, not wrd"):
+        check_names(config(distill={"algorithm": "takes a word", "algorithm_args": {"wrd": 1}}))

@@ -77,6 +77,9 @@ def test_every_key_is_documented():
         ("data.train=[{pth: a}]", ["data.train.0.pth", "path"]),
         ("data.train=[]", ["data.train", "at least one source"]),
         ("train.steps=[1", ["not YAML"]),
+        ("mesh.fsdp=0", ["mesh.fsdp=0", "1 or more", "-1"]),
+        ("mesh.tensor=0", ["mesh.tensor=0"]),
+        ("mesh.tensor=-2", ["mesh.tensor", "greater than or equal to -1"]),
     ],
 )
 def test_a_fault_names_key_and_mend(override, words):

@@ -2,7 +2,8 @@
 
 An algorithm is an ``nnx.Module`` built as ``Algorithm(student, teachers, config, rngs=rngs)`` and called as
 ``algorithm(student, batch) -> dict[str, Term]``. It may own ``nnx.Param``s (projectors); they are trained with the
-student. Arrays that it only reads, a teacher's head for instance, belong into ``Frozen``.
+student. Arrays that it only reads, a teacher's head for instance, belong into ``Frozen``. A class that names in
+``arguments``, a tuple of words, what it takes of ``distill.algorithm_args``, has others refused before anything loads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 from flax import nnx
 
 from kdjax.config import Config
+from kdjax.errors import UserError
 from kdjax.losses import Head, find_divergence
 from kdjax.registry import Registry
 
@@ -64,14 +66,29 @@ def check_names(config: Config) -> None:
 
     Raises UserError.
     """
-    _REGISTRY.get(config.distill.algorithm)
+    _find(config)
     find_divergence(config.distill.loss).checked(config.distill.temperature, dict(config.distill.loss_args))
 
 
 def make_algorithm(config: Config, student: nnx.Module, teachers: tuple[Teacher, ...] = (), *, seed: int = 0) -> Any:
     """Build ``config.distill.algorithm``; without a teacher every run is supervised fine-tuning.
 
-    Raises UserError when the name is unknown (the known ones are listed) or its file cannot be loaded.
+    Raises UserError when the name is unknown (the known ones are listed), when its file cannot be loaded, or when it
+    does not take one of ``distill.algorithm_args``.
     """
-    name = config.distill.algorithm if teachers else "sft"
-    return _REGISTRY.get(name)(student, teachers, config, rngs=nnx.Rngs(seed))
+    asked = _find(config)
+    algorithm = asked if teachers else _REGISTRY.get("sft")
+    return algorithm(student, teachers, config, rngs=nnx.Rngs(seed))
+
+
+def _find(config: Config) -> type:
+    """The class that ``distill.algorithm`` names; one without ``arguments`` looks at its parameters itself."""
+    name, given = config.distill.algorithm, config.distill.algorithm_args
+    algorithm = _REGISTRY.get(name)
+    takes = vars(algorithm).get("arguments")  # its own: what it inherits from may take fewer
+    unknown = [] if takes is None else [key for key in given if key not in takes]
+    if unknown:
+        raise UserError(
+            f"distill.algorithm_args: {name} takes {' and '.join(takes) or 'none'}, not {', '.join(unknown)}"
+        )
+    return algorithm

@@ -9,7 +9,6 @@ from flax import nnx
 from kdjax.algorithms.base import Frozen, Teacher, Term, objective_options, register_algorithm
 from kdjax.config import Config
 from kdjax.data.batch import Batch
-from kdjax.errors import UserError
 from kdjax.losses import linear_objective
 
 
@@ -23,13 +22,11 @@ class Feature(nnx.Module):
     ``distill.algorithm_args``: ``feature_layer`` (default −1, the last block), ``feature_weight`` (default 1.0).
     """
 
+    arguments = ("feature_layer", "feature_weight")
+
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
-        given = dict(config.distill.algorithm_args)
-        self.layer, self.weight = given.pop("feature_layer", -1), given.pop("feature_weight", 1.0)
-        if given:
-            raise UserError(
-                f"distill.algorithm_args: feature knows feature_layer and feature_weight, not {', '.join(given)}"
-            )
+        given = config.distill.algorithm_args
+        self.layer, self.weight = given.get("feature_layer", -1), given.get("feature_weight", 1.0)
         width = student.config.hidden_size
         draw = jax.random.normal(rngs.params(), (width, teachers[0].hidden_size)) * width**-0.5
         self.projection = nnx.Param(draw)

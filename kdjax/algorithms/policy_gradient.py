@@ -67,10 +67,11 @@ class PolicyGradientAlgorithm(nnx.Module):
     Raises UserError for the signal k1, for rollouts drawn from less than the whole softmax, and without rollouts.
     """
 
+    arguments = ("signal",)
+
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
-        given = dict(config.distill.algorithm_args)
-        signal = given.pop("signal", "advantage")
-        _check(config, signal, given)
+        signal = config.distill.algorithm_args.get("signal", "advantage")
+        _check(config, signal)
         self.head = Frozen(teachers[0].head)
         self.values = nnx.static(PolicyGradient(signal, config.distill.kd_ratio, sampled_as(config)))
 
@@ -78,9 +79,7 @@ class PolicyGradientAlgorithm(nnx.Module):
         return rollout_terms(self.values, student, batch, self.head.get_value())
 
 
-def _check(config: Config, signal: str, others: dict[str, Any]) -> None:
-    if others:
-        raise UserError(f"distill.algorithm_args: policy_gradient knows signal, not {', '.join(others)}")
+def _check(config: Config, signal: str) -> None:
     if signal == "k1":
         raise UserError(
             "distill.algorithm_args.signal=k1: as a loss −log r has an expected gradient of zero, it would teach "

@@ -20,6 +20,8 @@ class Vanilla(nnx.Module):
     student wrote itself carry the divergence alone (GKD, 2306.13649).
     """
 
+    arguments = ()
+
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
         self.head = Frozen(teachers[0].head)
         self.options = nnx.static(objective_options(config))
@@ -51,6 +53,8 @@ def _on_rollouts(config: Config) -> DivergenceOnRollouts:
 @register_algorithm("sft")
 class SFT(nnx.Module):
     """Cross-entropy on the tokens that carry loss."""
+
+    arguments = ()
 
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
         pass

@@ -187,7 +187,7 @@ class DistillConfig:
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the divergence, as in `{jsd_beta: 0.9}`."""
     algorithm_args: dict[str, Any] = Field(default_factory=dict)
-    """Parameters of the algorithm."""
+    """Parameters of the algorithm, as in `{feature_weight: 0.5}`."""
 
     def __post_init__(self) -> None:
         if self.loss is None:
@@ -268,6 +268,11 @@ class MeshConfig:
     tensor: int = Field(1, ge=-1)
     """Tensor-parallel size: splits heads, MLP and vocabulary."""
 
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"mesh.{name}=0: give 1 or more, or -1 for the devices that are left")
+
 
 @group
 class CheckpointConfig:
@@ -320,7 +325,7 @@ class Config:
     output: str = "runs/run"
     """Folder of this run."""
     overwrite: bool = False
-    """Start anew where the output folder holds a run, deleting it."""
+    """Start anew where the output folder holds a run, deleting what that run wrote."""
     colocate: bool = False
     """Engines and trainer share the devices and take turns: engines sleep, and free memory, while others work."""
     student: StudentConfig = Field(default_factory=StudentConfig)
