@@ -15,6 +15,7 @@ from kdjax.rollouts.engines import StudentEngines, _engine_options
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
 from kdjax.training.progress import Display
+from kdjax.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")
 
@@ -174,6 +175,14 @@ def test_policy_gradient_with_a_reward(on_policy_values, tmp_path):
     found = [r["reward"] for number in range(1, 7) for r in rollouts(run, number)]
     assert all(r is not None for r in found) and metrics(run, "rollout/reward")[0] >= 0
     assert np.isfinite(metrics(run)).all() and max(metrics(run, "rollout/k3")) < 1e-6
+
+
+def test_an_algorithm_that_hides_other_weights_takes_no_step(on_policy_values, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(Step, "__call__", lambda *_: pytest.fail("a step was taken"))
+    on_policy_values["distill"] |= {"algorithm": f"{root}/examples/own_algorithm.py:WithFeatures"}
+    with pytest.raises(UserError, match="does not report rollout/k3"):
+        go(on_policy_values)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 """Truth at the border: a head that is not the engine's stops the run before step 1 and says how large the gap is."""
 
+import json
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_tools import TEMPLATES, config as data_config, family
+from local_engine import LocalEngine
 
 from kdjax.config import LogConfig, from_dict
+from kdjax.data import Document
 from kdjax.errors import UserError
+from kdjax.models import load_model
+from kdjax.sharding import make_mesh
 from kdjax.training import preflight
 from kdjax.training.preflight import check_teacher
 from kdjax.training.samples import answer_samples
@@ -61,6 +67,68 @@ def test_another_head_is_refused(run_values, opened, fault):
     assert stream.engine.pool.usage().used == 0
 
 
+@pytest.fixture
+def exported(tiny_teacher, run_values, monkeypatch):
+    """checks the tiny teacher's folder as if a model, a little changed, had been exported to it"""
+    devices = []
+
+    def start(folder, *, device, **options):
+        devices.append(device)
+        return LocalEngine(folder, **options)
+
+    monkeypatch.setattr(preflight, "start_engine", start)
+    model = load_model(tiny_teacher)
+    right = model.embed.weight[...]
+
+    def check(factor=1.0, **student):
+        changed = from_dict(run_values | {"student": run_values["student"] | student})
+        ids = [np.arange(start, start + 20, dtype=np.int32) for start in (5, 300)]
+        documents = [Document(x, np.arange(20) > 0, "made") for x in ids]
+        stream = SimpleNamespace(config=changed, mesh=make_mesh(devices=jax.devices()[:1]), tokenizer=None)
+        stream.documents = lambda count: documents
+        model.embed.weight[...] = right * factor
+        checked = preflight.check_export(stream, model, tiny_teacher)
+        assert devices.pop() == "cpu"  # the devices' memory belongs to JAX and to the engines
+        return checked
+
+    return check
+
+
+def test_an_export_that_is_another_model_is_told_with_its_gap(exported):
+    right, wrong = exported(), exported(1.001)
+    assert right.gap < 1e-5 and right.fault is None
+    assert 1e-4 < wrong.gap < 0.1
+    for words in ("differ from the student's by", f"{wrong.gap:.3g} at most (allowed 0.0001", "checkpoints hold"):
+        assert words in str(wrong.fault)
+
+
+def test_bfloat16_has_room_to_round_and_no_more(exported):
+    for student in ({"dtype": "bfloat16"}, {"export_dtype": "bfloat16"}):
+        assert exported(1.001, **student).fault is None
+        assert "allowed 0.03 and 0.3" in str(exported(1.5, **student).fault)
+    same = {"param_dtype": "bfloat16", "export_dtype": "bfloat16"}  # nothing is rounded on the way
+    assert exported(1.001, **same).fault is not None
+
+
+def test_documents_are_looked_for_until_they_are_found(run_values, tmp_path):
+    """good rows behind a hundred that are too long or malformed, and a source that has none at all"""
+    bad = [json.dumps({"prompt": "How many?", "response": "four " * 400}), "{"] * 50
+    good = [json.dumps({"prompt": f"{i}?", "response": "four"}) for i in range(9)]
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text("\n".join(bad + good) + "\n")
+    second.write_text("\n".join(bad) + "\n")
+    run_values["teacher"], run_values["data"]["tokenizer"] = {}, run_values["student"]["path"]
+    run_values["data"] |= {"train": [{"path": str(first)}], "on_bad_row": "skip"}
+    run_values["data"]["eval"] = [{"path": str(first)}, {"path": str(second)}]
+    with Stream(from_dict(run_values)) as stream:
+        found = stream.documents(4)
+        assert [document.source for document in found] == [f"{first}:{number}" for number in range(101, 105)]
+        assert len(stream.documents(4, held_out=True)) == 2  # the half of it that the first source stands for
+    run_values["data"]["train"] = [{"path": str(second)}]
+    with Stream(from_dict(run_values)) as stream, pytest.raises(UserError, match="no row to compare the models on"):
+        preflight._sample(stream)
+
+
 def told(ours, teacher, **settings):
     """What is said to a student of the family ``ours``; the teacher's tokenizer is None where nobody looks at it."""
     config = SimpleNamespace(data=data_config("rows.jsonl", **settings), teacher=SimpleNamespace(path="teacher"))
@@ -77,6 +145,8 @@ def test_chat_templates_that_disagree_are_told():
     bare = copy(family("qwen3"))
     bare.chat_template = None
     assert told("qwen2.5", bare) == ["warning: the teacher has no chat template of its own; it reads the student's"]
+    with pytest.raises(UserError, match="data.chat_template: none.jinja cannot be read"):
+        told("qwen2.5", None, chat_template="none.jinja")
 
 
 def test_templates_that_differ_in_thinking_mode_alone_are_told():

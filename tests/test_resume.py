@@ -15,6 +15,8 @@ from run_tools import ENVIRONMENT, ROOT, Watcher, go, losses, without_teacher, w
 from kdjax.errors import UserError
 from kdjax.export import export
 from kdjax.models import load_model
+from kdjax.training import loop
+from kdjax.training.preflight import Checked
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
@@ -124,10 +126,10 @@ def test_overwriting_replaces_the_run_and_a_finished_one_is_not_repeated(values)
     run = Path(values["output"])
     with pytest.raises(UserError, match="holds this run, finished, its student in .*/export; .*overwrite=true"):
         go(values)
-    (run / "note.txt").write_text("of the first run")
+    (run / "export" / "note.txt").write_text("of the first run")
     values["train"]["steps"] = 4
     go(values, overwrite=True)
-    assert not (run / "note.txt").exists() and len(losses(run)) == 4
+    assert not (run / "export" / "note.txt").exists() and len(losses(run)) == 4
     assert {p.name for p in run.iterdir() if p.name.startswith(".")} == {".lock"}
 
 
@@ -147,16 +149,44 @@ def test_an_overwriting_run_that_is_killed_before_it_trains_gives_the_first_one_
     assert {p.name for p in run.iterdir()} == before
 
 
+def test_an_export_that_is_not_the_student_is_said_and_kept(values, monkeypatch):
+    """at the very end, when everything is written"""
+    fault = UserError("the export differs by 0.5 nats")
+    monkeypatch.setattr(loop, "check_export", lambda *_: Checked(0.5, [], fault))
+    values["checkpoint"]["check_export"] = True
+    with pytest.raises(UserError, match="differs by 0.5 nats"):
+        go(values)
+    run = Path(values["output"])
+    assert json.loads((run / "result.json").read_text())["steps"] == 6
+    assert json.loads((run / "run.json").read_text())["export_gap"] == 0.5
+    assert load_model(run / "export").config.hidden_size == 32
+
+
 def test_exports_that_were_killed_leave_nothing(values):
     go(values)
     run = Path(values["output"])
     (run / "export").rename(run / ".export.123.old")
     (run / ".best.123.tmp").mkdir()
-    (run / ".config.yaml.123.tmp").write_text("half")
+    (run / ".config.yaml.tmp").write_text("half")
     with pytest.raises(UserError, match="finished"):
         go(values)
     assert (run / "export" / "model.safetensors").exists()
     assert {p.name for p in run.iterdir() if p.name.startswith(".")} == {".lock"}
+
+
+def goes_on_behind_its_best(run, values):
+    """killed after the best evaluation and before the checkpoint that would have known of it, and evaluated at other
+    steps from then on: the weights are still those of the step that they are said to be of"""
+    shutil.copytree(values["output"], run)
+    for name in ("export", "checkpoints/6"):
+        shutil.rmtree(run / name)
+    told = json.loads((run / "best" / "kdjax.json").read_text())
+    told |= {"step": 5, "values": told["values"] | {"ce": 0.5 * told["values"]["ce"]}}
+    (run / "best" / "kdjax.json").write_text(json.dumps(told))
+    result = go(values, output=str(run), train=values["train"] | {"eval_every": 6})
+    assert result.kept_step == 5 and result.evaluations[5] == told["values"]
+    exported, best = load_model(result.export), load_model(run / "best")
+    assert np.array_equal(np.asarray(exported.embed.weight[...]), np.asarray(best.embed.weight[...]))
 
 
 def test_the_command_exports_the_best_weights_where_the_best_are_kept(values, run_values, root, tmp_path):
@@ -168,6 +198,7 @@ def test_the_command_exports_the_best_weights_where_the_best_are_kept(values, ru
     result = go(values)
     assert result.kept_step < result.steps
     kept, made = load_model(result.export), load_model(export(values["output"], tmp_path / "best"))
+    goes_on_behind_its_best(tmp_path / "cut", values)
     assert np.array_equal(np.asarray(kept.embed.weight[...]), np.asarray(made.embed.weight[...]))
     values["train"]["keep_best"] = False
     values["output"] = str(tmp_path / "last")

@@ -38,8 +38,9 @@ def test_loss_is_sum_over_all_positions_divided_once():
                 kd += float(np.exp(log_p) @ (log_p - log_q))
                 ce -= log_q[document.ids[t + 1]]
                 count += 1
+    foretold = step.reports(to_device(host_batch(0), step.mesh))
     metrics = run(step, 1)[0]
-    assert metrics["loss_tokens"] == count
+    assert foretold == set(metrics) and metrics["loss_tokens"] == count
     assert metrics["kd"] == pytest.approx(kd / count, rel=1e-5)
     assert metrics["ce"] == pytest.approx(ce / count, rel=1e-5)
     assert metrics["loss"] == pytest.approx((0.7 * ce + 0.3 * kd) / count, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,24 @@ def open_sources(
         made = Prepare(rows, reader, encoder, data, max_len, vocab_size)
         opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(made))
     return opened
+
+
+def first_documents(
+    sources: Sequence[Any],
+    data: Any,
+    tokenizer: Any,
+    count: int,
+    max_len: int,
+    vocab_size: int | None,
+) -> list[Document]:
+    """The first ``count`` documents of each source that can be trained on, in file order; other rows are passed over.
+
+    Reads no further than it needs to. Raises UserError for a source that cannot be read.
+    """
+    found: list[Document] = []
+    for rows in open_sources(sources, data, tokenizer, max_len=max_len, vocab_size=vocab_size, seed=0):
+        found += itertools.islice((document for i in range(len(rows)) for document in rows[i].documents), count)
+    return found
 
 
 def open_source(source: Any, data: Any) -> tuple[Rows, RowReader]:

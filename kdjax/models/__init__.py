@@ -3,12 +3,13 @@
 from kdjax.models.checkpoint import resolve
 from kdjax.models.config import FAMILIES, ModelConfig, Rope
 from kdjax.models.decoder import REMAT, Compute, Decoder
-from kdjax.models.export import export_hf, recover_exports
+from kdjax.models.export import ABOUT, export_hf, recover_exports
 from kdjax.models.hf import abstract_model, init_model, load_model
 from kdjax.models.teacher import TeacherShape, teacher_head
 from kdjax.models.weights import hf_tensors, param_shardings, set_from_hf, state_shardings
 
 __all__ = [
+    "ABOUT",
     "FAMILIES",
     "REMAT",
     "Compute",

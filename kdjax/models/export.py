@@ -33,11 +33,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-GENERATION = "generation_config.json"
+GENERATION, ABOUT = "generation_config.json", "kdjax.json"
 _TAGS = {str(dtype): tag for tag, dtype in FILE_DTYPES.items()}
 # What a source's config.json says of itself and not of the student.
 _STALE = ("quantization_config", "auto_map", "layer_types", "max_window_layers", "transformers_version")
-_LEFT = re.compile(r"\.(.+)\.\d+\.(?:tmp|old)")
+_LEFT = re.compile(r"\.(.+?)(?:\.\d+)?\.(?:tmp|old)")  # exports bear their process's number
 _KNOWN_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")
 
 
@@ -49,6 +49,7 @@ def export_hf(
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
     entries: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write safetensors, config.json, generation_config.json, tokenizer files and chat template to ``out_dir``.
@@ -61,6 +62,7 @@ def export_hf(
         tokenizer: take tokenizer and template from here instead.
         dtype: of the stored weights; None keeps the parameters' dtype.
         entries: of config.json beside the shape, such as token ids, over those of ``source``.
+        about: what else is to be known of these weights, as JSON in ``ABOUT`` beside them.
         max_shard_bytes: tensors beyond it go into the next file, with an index.
 
     Raises:
@@ -83,6 +85,8 @@ def export_hf(
         work.mkdir()
         _write_weights(work, shards, hf_tensors(model, dtype), dtype)
         _write_texts(work, model, dtype, base, texts, entries or {})
+        if about is not None:
+            _write_json(work / ABOUT, about)
         _swap(work, out)
     except OSError as error:
         if why_full(error):
@@ -95,7 +99,8 @@ def export_hf(
 
 
 def recover_exports(folder: Path) -> None:
-    """Undo what exports that were killed left in ``folder``: half-written ones go, a replaced one comes back.
+    """Undo what processes that were killed left in ``folder``: exports and files half written go, a replaced export
+    comes back.
 
     Only for a folder that nobody else writes to.
     """

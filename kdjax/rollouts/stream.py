@@ -7,6 +7,7 @@ is what is trained on: token ids come out of the engine and are never rendered o
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -147,10 +148,11 @@ class RolloutStream(Iterator[HostBatch]):
         return max(1, round(epochs * self.rows_per_epoch * sample / taken))
 
     def sample(self, count: int) -> list[Document]:
-        """The first usable prompts as documents, to compare two engines on."""
-        first = (self._prompts[i] for i in range(16 * count))
-        usable = [prompt for prompt in first if isinstance(prompt, Prompt)][:count]
-        return [Document(prompt.ids, np.arange(len(prompt.ids)) > 0, prompt.source) for prompt in usable]
+        """The first ``count`` usable prompts as documents of two tokens or more, to compare two engines on."""
+        first = (self._prompts[i] for i in range(self.rows_per_epoch))
+        usable = (prompt for prompt in first if isinstance(prompt, Prompt) and len(prompt.ids) > 1)
+        chosen = itertools.islice(usable, count)
+        return [Document(prompt.ids, np.arange(len(prompt.ids)) > 0, prompt.source) for prompt in chosen]
 
     def close(self) -> None:
         """Stop the engines."""

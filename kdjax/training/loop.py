@@ -21,9 +21,10 @@ from bridge.errors import EngineError
 from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import export_hf, load_model
+from kdjax.models import load_model
 from kdjax.models.attention import MASKED
 from kdjax.training.about import machine, note, now
+from kdjax.training.best import BEST, Best, read_best, write_best
 from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.compiled import keep_compiled
@@ -69,6 +70,8 @@ class _Run:
         self.result = Result(0, self.folder / "export")
         self.position: dict[str, Any] = {}
         self.fault: EngineError | UserError | None = None
+        self.best: Best | None = None  # with train.keep_best
+        self.begun = False  # whether a step was taken in this life
 
     def run(self) -> Result:
         config, display = self.config, self.display
@@ -121,6 +124,8 @@ class _Run:
                 self._finish()
         if config.log.report:
             self._report()
+        if self.fault is not None:
+            raise self.fault
         return self.result
 
     def _open_stream(self) -> Stream:
@@ -146,6 +151,10 @@ class _Run:
             self.position = meta["position"]
         self.result.steps = int(state["step"])
         self.result.evaluations = {int(step): values for step, values in meta["evaluations"].items()}
+        if self.config.train.keep_best:
+            self.best = read_best(self.folder)
+            if self.best is None:
+                self.display.line(f"warning: {self.folder / BEST} is gone; the best is looked for from here on")
         return self.result.steps
 
     def _loop(self, done: int) -> None:
@@ -208,6 +217,9 @@ class _Run:
             self.fault, batch = error, None  # what was learnt up to here is saved first
         if batch is None:
             return None
+        if self.stream.students is not None and not self.begun:
+            self._refuse_silence(batch)
+        self.begun = True
         with self.profiler.step(self.step.number + 1):
             return batch, self.step(batch)
 
@@ -227,16 +239,19 @@ class _Run:
             f"{self.checkpoints.newest()}; {mend}"
         )
 
+    def _refuse_silence(self, batch: DeviceBatch) -> None:
+        """Refuse an algorithm that would not show when the engine that writes is not the student that learns."""
+        if "rollout/k3" not in self.step.reports(batch):
+            raise UserError(
+                f"distill.algorithm={self.config.distill.algorithm} does not report rollout/k3, so nobody would notice "
+                f"an engine with other weights: build its terms with kdjax.algorithms.rollout_terms"
+            )
+
     def _refuse_strangers(self, number: int, values: dict[str, float]) -> None:
         """Stop when the engine that writes is not the student that learns."""
         rollout = self.config.rollout
         if self.stream.students is None:
             return
-        if "rollout/k3" not in values:
-            raise UserError(
-                f"distill.algorithm={self.config.distill.algorithm} does not report rollout/k3, so nobody would notice "
-                f"an engine with other weights: build its terms with kdjax.algorithms.rollout_terms"
-            )
         if rollout.max_k3 is not None and not values["rollout/k3"] <= rollout.max_k3:
             raise UserError(
                 f"step {number}: trainer and rollout engine disagree about the sampled tokens, k3 = "
@@ -255,14 +270,17 @@ class _Run:
             about = (self.model, self.held_out, self.stream.teachers, self.stream.tokenizer, self.stream.mesh)
             own = Evaluation(*about, self.config, step, values)
             values |= call_evaluations(self.config.train.eval_functions, own)
-        self.result.evaluations[step] = values
-        record = {f"eval/{name}": value for name, value in values.items()}
-        self.metrics.write(step, record | self.display.spent())
+        self._record(step, values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if not name.startswith("kl_at/"))
         self.display.line(f"held-out at step {step}: {shown}")
-        if self.config.train.keep_best and self._best_step() == step:
-            export_hf(self.model, self.folder / "best", source=self.config.student.path or self.config.teacher.path)
+        if self.config.train.keep_best and (self.best is None or values["ce"] < self.best.values["ce"]):
+            self.best = Best(step, values)
+            write_best(self.folder, self.model, self.config, self.best)
         return self._out_of_patience()
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        self.result.evaluations[step] = values
+        self.metrics.write(step, {f"eval/{name}": value for name, value in values.items()} | self.display.spent())
 
     def _out_of_patience(self) -> bool:
         steps, patience = sorted(self.result.evaluations), self.config.train.patience
@@ -287,9 +305,11 @@ class _Run:
         self._save(result.steps)
         if result.steps not in result.evaluations:
             self._evaluate(result.steps)
-        result.kept_step = self._best_step() if config.train.keep_best else result.steps
+        result.kept_step = result.steps if self.best is None else self.best.step
         if result.kept_step != result.steps:
-            best = load_model(self.folder / "best", self.stream.mesh, param_dtype=config.student.param_dtype)
+            if result.kept_step not in result.evaluations:  # of a life that no checkpoint remembers
+                self._record(*self.best)
+            best = load_model(self.folder / BEST, self.stream.mesh, param_dtype=config.student.param_dtype)
             nnx.update(self.model, nnx.state(best))
             display.line(f"keeping step {result.kept_step}, the best held-out loss")
         with display.stage("export"):
@@ -303,10 +323,11 @@ class _Run:
         display.line(f"exported to {result.export}")
         if config.checkpoint.check_export:
             with display.stage("check the export (transformers)"):
-                gap, samples = check_export(self.stream, self.model, result.export)
-            note(self.folder, export_gap=gap, samples=[asdict(sample) for sample in samples])
-            display.line(f"transformers' log-probabilities differ from the student's by at most {gap:.1e}")
-            for sample in samples:
+                checked = check_export(self.stream, self.model, result.export)
+            self.fault = checked.fault  # told at the very end: the run is whole, and so is what it wrote
+            note(self.folder, export_gap=checked.gap, samples=[asdict(sample) for sample in checked.samples])
+            display.line(f"transformers' log-probabilities differ from the student's by at most {checked.gap:.1e}")
+            for sample in checked.samples:
                 display.line(f"\nQ: {sample.question}\nA: {sample.answer}")
         note(self.folder, finished=now(), kept_step=result.kept_step)
         self.metrics.write(result.steps, display.spent())

@@ -15,6 +15,7 @@ from kdjax.config import Config, load_config
 from kdjax.errors import UserError
 from kdjax.models import load_model
 from kdjax.sharding import make_mesh
+from kdjax.training.best import BEST
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.student import make_student
 
@@ -40,9 +41,9 @@ def load_saved(
     """
     student = config.student
     if best:
-        if not (run / "best").is_dir():
+        if not (run / BEST).is_dir():
             raise UserError(f"{run}: no best weights are there; the run was not asked to keep them (train.keep_best)")
-        return load_model(run / "best", mesh, dtype=student.dtype, param_dtype=student.param_dtype)
+        return load_model(run / BEST, mesh, dtype=student.dtype, param_dtype=student.param_dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}/checkpoints holds no checkpoint; train first, or set checkpoint.save_every")

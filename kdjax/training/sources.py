@@ -34,6 +34,7 @@ from kdjax.data import (
 )
 from kdjax.data.budget import TokenBudget
 from kdjax.data.files import refuse_missing
+from kdjax.data.prepare import first_documents
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.rollouts.engines import StudentEngines
@@ -260,18 +261,16 @@ class Stream:
         return batches
 
     def documents(self, count: int, *, held_out: bool = False) -> list[Document]:
-        """At most ``count`` usable documents, equally many from the start of each training or held-out source."""
+        """At most ``count`` usable documents, equally many from the start of each training or held-out source.
+
+        Rows are read until they are found; fewer come from a source that has no more.
+        """
         if isinstance(self.data, RolloutStream) and not held_out:
             return self.data.sample(count)
-        data = replace(self.config.data, on_bad_row="skip")
-        if held_out:
-            data = replace(data, train_on="assistant")
+        data = replace(self.config.data, train_on="assistant") if held_out else self.config.data
         sources = data.eval if held_out else data.train
-        share, found = -(-count // max(1, len(sources))), []
-        for source in sources:
-            hosts = eval_batches(data, self.tokenizer, sources=[source], max_rows=16 * share, **self._shape)
-            found += [placed.document for host in hosts for placed in host.documents][:share]
-        return found[:count]
+        share, sizes = -(-count // max(1, len(sources))), (data.max_len, self._shape["vocab_size"])
+        return first_documents(sources, data, self.tokenizer, share, *sizes)[:count]
 
     def gauges(self) -> dict[str, float]:
         """Numbers about the teacher's pool and engine; see TeacherEngine."""

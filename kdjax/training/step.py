@@ -81,6 +81,12 @@ class Step:
             batch.by_row = by_row
         return metrics
 
+    def reports(self, batch: Any) -> set[str]:
+        """The names of what a step on ``batch`` would return; traces, and neither compiles nor computes anything."""
+        with self.lock, jax.set_mesh(self.mesh):
+            arrays = getattr(batch, "arrays", batch)
+            return set(self._update.eval_shape(self.state, self._frozen, arrays)[1])
+
     def sound(self, arrays: Batch) -> bool:
         """Whether loss and gradient of a batch are finite under the parameters as they are; changes nothing."""
         with jax.set_mesh(self.mesh):

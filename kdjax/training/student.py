@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -55,10 +57,18 @@ def make_student(
     )
 
 
-def export_student(model: nnx.Module, config: Config, out: str | Path, dtype: str | None = None) -> Path:
+def export_student(
+    model: nnx.Module,
+    config: Config,
+    out: str | Path,
+    dtype: str | None = None,
+    *,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write ``model`` as the Hugging Face folder that a run of ``config`` exports; returns the folder.
 
-    ``dtype`` of the stored weights; None takes ``student.export_dtype``. Raises UserError as ``export_hf`` does.
+    ``dtype`` of the stored weights; None takes ``student.export_dtype``. ``about`` and what is raised: see
+    ``export_hf``.
     """
     return export_hf(
         model,
@@ -67,6 +77,7 @@ def export_student(model: nnx.Module, config: Config, out: str | Path, dtype: st
         tokenizer=tokenizer_path(config),
         dtype=dtype or config.student.export_dtype,
         entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
+        about=about,
     )
 
 
