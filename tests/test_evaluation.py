@@ -95,6 +95,48 @@ def test_checkpoints_and_folders(trained, tmp_path, capsys):
     assert "train.keep_best" in capsys.readouterr().err
 
 
+SEEN = []
+
+
+@kdjax.register_evaluation("documents_seen")
+def documents_seen(evaluation: Evaluation) -> float:
+    SEEN[:] = [placed.document for batch in evaluation.batches for placed in batch.host.documents]
+    return len(SEEN)
+
+
+@pytest.mark.usefixtures("local_engines")
+def test_the_command_compares_with_the_teacher(run_values, tiny_teacher, tmp_path, capsys):
+    """Against plain transformers with both models, in float64, a document at a time."""
+    student = tmp_path / "student"
+    model = kdjax.load_model(tiny_teacher, init="random", seed=3, config=run_values["student"]["config"])
+    kdjax.export_hf(model, student, source=tiny_teacher)
+    run_values["train"] |= {"eval_functions": ["documents_seen"]}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run_values))
+    assert main(["--config", str(file), "--model", str(student)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["documents_seen"] == len(SEEN) > 4
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    known = np.zeros(4096, bool)
+    known[list(AutoTokenizer.from_pretrained(student).get_vocab().values())] = True
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="float32") for folder in (student, tiny_teacher)]
+    rows = {name: [] for name in ("ce", "kl", "agreement", "teacher_entropy")}
+    for document in SEEN:
+        ids = torch.tensor(document.ids[None].astype(np.int64))
+        logits = [m(ids).logits[0].detach().double().numpy()[document.loss_rows] for m in models]
+        rows["ce"] += list(-log_softmax(logits[0])[np.arange(len(document.labels)), document.labels])
+        log_q, log_p = (log_softmax(x[:, known]) for x in logits)
+        rows["kl"] += list((np.exp(log_p) * (log_p - log_q)).sum(-1))
+        rows["agreement"] += list(log_q.argmax(-1) == log_p.argmax(-1))
+        rows["teacher_entropy"] += list(-(np.exp(log_p) * log_p).sum(-1))
+    for name, values in rows.items():
+        assert told[name] == pytest.approx(np.mean(values), rel=1e-4), name
+    assert told["kl"] > 0.1 and told["perplexity"] == pytest.approx(np.exp(told["ce"]))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "eight devices"])
 def test_numbers_are_those_of_float64_by_position_too(monkeypatch, sizes):
     """Against NumPy, a document at a time, on packed rows in micro-batches over shards."""
