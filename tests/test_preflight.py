@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_tools import TEMPLATES, config as data_config, family
+from data_tools import TEMPLATES, config as data_config, document, family
 from local_engine import LocalEngine
 
 from kdjax.config import LogConfig, from_dict
@@ -162,6 +162,15 @@ def test_templates_that_differ_in_thinking_mode_alone_are_told():
     assert "(student: '<think>" in note and "so they disagree about thinking mode; it reads the student's form" in note
     (note,) = told("qwen2.5", None, teacher_template_args=off)
     assert "data.teacher_chat_template and teacher_template_args change nothing" in note
+
+
+def test_templates_are_compared_where_rows_went_through_one(run_values, opened, monkeypatch):
+    stream = opened(run_values)
+    monkeypatch.setattr(preflight, "compare_templates", lambda tokenizer, config: ["compared"])
+    assert preflight.check_templates(stream) == ["compared"]
+    text = document(ids=[5, 6, 7], loss=[False, True, True])
+    monkeypatch.setattr(stream, "documents", lambda count: [text] * count)
+    assert preflight.check_templates(stream) == []
 
 
 def test_a_turn_must_end_with_what_ends_a_response():
