@@ -9,7 +9,24 @@ import time
 from pathlib import Path
 
 import pytest
-from run_tools import ENVIRONMENT, ROOT, losses, servers, start, traces, wait_until, without_teacher, write_config
+from run_tools import (
+    ENVIRONMENT,
+    ROOT,
+    Watcher,
+    contents,
+    go,
+    losses,
+    servers,
+    start,
+    traces,
+    wait_until,
+    without_teacher,
+    write_config,
+)
+
+from kdjax.errors import UserError
+from kdjax.training import loop
+from kdjax.training.interrupt import Interrupt, Interrupted
 
 
 @pytest.fixture
@@ -46,7 +63,7 @@ def test_a_second_run_is_refused_a_dead_runs_lock_goes_and_a_signal_saves(values
     trains(third, values)
     third.send_signal(signal.SIGTERM)
     shown, error = third.communicate(timeout=120)
-    assert third.returncode == 2 and "SIGTERM: finishing what is in hand, then saving" in shown
+    assert third.returncode == 2 and "SIGTERM: saving what there is, then leaving" in shown
     assert error.startswith("error: SIGTERM: saved step ") and "run the same command again to go on" in error
     assert len(list((Path(values["output"]) / "checkpoints").iterdir())) == 1
 
@@ -82,7 +99,7 @@ def test_a_second_ctrl_c_leaves_at_once_in_the_middle_of_a_step(tmp_path):
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline().startswith("SIGINT: finishing what is in hand, then saving")
+    assert process.stdout.readline().startswith("SIGINT: saving what there is, then leaving")
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
@@ -101,3 +118,56 @@ def test_a_second_ctrl_c_takes_a_hung_engine_along(values, tmp_path, temporary):
     process.communicate(timeout=30)
     assert process.returncode == 130
     wait_until(lambda: not traces(process.pid, temporary) and not Path(f"/proc/{server}").exists(), 10)
+
+
+def strike(*_):
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_what_is_breakable_is_broken_off_once_and_the_rest_is_told():
+    handler, cleaned = signal.getsignal(signal.SIGTERM), []
+    with Interrupt(print, print) as interrupt:
+        with pytest.raises(Interrupted, match="^SIGTERM$"), interrupt.breakable():
+            try:
+                strike()
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                cleaned.append(True)
+    assert cleaned and signal.getsignal(signal.SIGTERM) is handler
+    with Interrupt(print, print) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked == "SIGTERM"
+        with pytest.raises(Interrupted), interrupt.breakable():
+            pytest.fail("it came before")
+
+
+def test_a_signal_in_start_up_leaves_nothing(run_values, tmp_path, temporary, devices_as_asked, monkeypatch):
+    """while the teacher's engine starts"""
+    monkeypatch.setattr(loop, "make_student", strike)
+    with pytest.raises(UserError, match="^SIGTERM: nothing new to save; run the same command again$"):
+        go(run_values)
+    assert set(contents(tmp_path / "run")) == {"engine.log"}
+    wait_until(lambda: not traces(os.getpid(), temporary), 10)
+
+
+def test_a_signal_in_the_last_evaluation_or_the_report(run_values, tmp_path, devices_as_asked, monkeypatch):
+    """without a step, which would have to be compiled"""
+    numbers = [{"ce": 2.0}]
+    monkeypatch.setattr(loop._Run, "_loop", lambda self, done: setattr(self.result, "steps", 1))
+    monkeypatch.setattr(loop, "Evaluator", lambda *_: lambda *_: numbers.pop() if numbers else strike())
+    run_values["log"]["report"] = True
+    with pytest.raises(UserError, match="^SIGTERM: saved step 1; run the same command again to go on$"):
+        go(without_teacher(run_values))
+    assert (tmp_path / "run" / "checkpoints" / "1" / "student").is_dir()
+
+    def finish(self):
+        self.finished = True
+
+    monkeypatch.setattr(loop._Run, "_finish", finish)
+    monkeypatch.setattr(loop._Run, "_report", strike)
+    numbers.append({"ce": 2.0})
+    display = Watcher()
+    with pytest.raises(UserError, match="^SIGTERM: the run is finished, its report is not; python -m kdjax.report"):
+        go(without_teacher(run_values), display)
+    assert [line for line in display.lines if line.startswith("resume from step 1")]

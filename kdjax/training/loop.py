@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.compiled import keep_compiled
 from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
 from kdjax.training.folder import RunFolder
-from kdjax.training.interrupt import Interrupt
+from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer, make_schedule
 from kdjax.training.preflight import check_export, check_student, check_teacher, check_templates
@@ -69,64 +69,80 @@ class _Run:
         self.folder = Path(config.output)
         self.result = Result(0, self.folder / "export")
         self.position: dict[str, Any] = {}
+        self.stream: Stream | None = None
         self.fault: EngineError | UserError | None = None
         self.best: Best | None = None  # with train.keep_best
         self.begun = False  # whether a step was taken in this life
+        self.finished = False
 
     def run(self) -> Result:
-        config, display = self.config, self.display
-        check_names(config)
-        check_evaluations(config.train.eval_functions)
-        check_log(config.log)
-        keep_compiled(config.train.compilation_cache, display.line)
-        if config.student.attention == "cudnn" and config.data.packing:
-            display.line(MASKED)
-        with (
-            RunFolder(config) as self.run_folder,
-            self._open_stream() as self.stream,
-            Checkpoints(self.folder / "checkpoints", config.checkpoint) as self.checkpoints,
-        ):
-            self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
-            held_out = self.stream.held_out()  # read now: the teacher is still starting, and faults are known early
-            with display.stage("student"):
-                self.model = make_student(config, self.stream.mesh)
-                algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
-                optimizer = make_optimizer(config.train, self.steps)
-                self.step = make_step(self.model, algorithm, optimizer, self.stream.mesh, config.train.offload)
-                self.stream.attach(self.step)
-            if config.teacher.path is not None:
-                with display.stage(f"teacher ({config.teacher.engine})"):
-                    self.stream.wait_ready()
-                if config.teacher.preflight:
-                    with display.stage("preflight"):
-                        check_teacher(self.stream)
-                    for line in check_templates(self.stream):
-                        display.line(line)
-            start = self._resume()
-            with display.stage("held-out rows"):
-                self.held_out = self.stream.evaluation(held_out)
-            if self.stream.students is not None:
-                with display.stage(f"rollouts ({config.rollout.engine})"):
-                    for line in check_student(self.stream, self.step):
-                        display.line(line)
-            self.evaluate = Evaluator(self.model, self.stream.teachers, self.stream.mesh)
-            with Metrics(self.folder, config, start) as self.metrics:
-                self._describe(start)
-                if start == 0:
-                    self._evaluate(0)
-                traced = (self.folder / "profile", config.log.profile, start, self.steps, display.line)
-                with (
-                    display.bar(self.steps, start),
-                    Interrupt(display.line, self._leave_at_once) as self.interrupt,
-                    Profiler(*traced) as self.profiler,
-                ):
-                    self._loop(start)
-                self._finish()
-        if config.log.report:
-            self._report()
+        check_names(self.config)
+        check_evaluations(self.config.train.eval_functions)
+        check_log(self.config.log)
+        keep_compiled(self.config.train.compilation_cache, self.display.line)
+        if self.config.student.attention == "cudnn" and self.config.data.packing:
+            self.display.line(MASKED)
+        with Interrupt(self.display.line, self._leave_at_once) as self.interrupt:
+            try:
+                with ExitStack() as self.opened:
+                    self._whole()
+                if self.config.log.report:
+                    with self.interrupt.breakable():
+                        self._report()
+            except Interrupted as signal:
+                raise self.fault or UserError(f"{signal}: {self._left()}") from None
         if self.fault is not None:
             raise self.fault
         return self.result
+
+    def _whole(self) -> None:
+        """Everything between opening and closing; only the steps and their save are not broken off by a signal."""
+        with self.interrupt.breakable():
+            start = self._start()
+        traced = (self.folder / "profile", self.config.log.profile, start, self.steps, self.display.line)
+        with self.display.bar(self.steps, start), Profiler(*traced) as self.profiler:
+            self._loop(start)
+        if self.stream.self_teacher is not None:
+            self.stream.self_teacher.learn()  # from the last step too
+        self._save(self.result.steps)
+        with self.interrupt.breakable():
+            self._finish()
+
+    def _start(self) -> int:
+        """All up to the first step; returns the number of steps that an earlier life of this run has done."""
+        config, display = self.config, self.display
+        self.run_folder = self.opened.enter_context(RunFolder(config))
+        self.stream = self.opened.enter_context(self._open_stream())
+        self.checkpoints = self.opened.enter_context(Checkpoints(self.folder / "checkpoints", config.checkpoint))
+        self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
+        held_out = self.stream.held_out()  # read now: the teacher is still starting, and faults are known early
+        with display.stage("student"):
+            self.model = make_student(config, self.stream.mesh)
+            algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
+            optimizer = make_optimizer(config.train, self.steps)
+            self.step = make_step(self.model, algorithm, optimizer, self.stream.mesh, config.train.offload)
+            self.stream.attach(self.step)
+        if config.teacher.path is not None:
+            with display.stage(f"teacher ({config.teacher.engine})"):
+                self.stream.wait_ready()
+            if config.teacher.preflight:
+                with display.stage("preflight"):
+                    check_teacher(self.stream)
+                for line in check_templates(self.stream):
+                    display.line(line)
+        start = self._resume()
+        with display.stage("held-out rows"):
+            self.held_out = self.stream.evaluation(held_out)
+        if self.stream.students is not None:
+            with display.stage(f"rollouts ({config.rollout.engine})"):
+                for line in check_student(self.stream, self.step):
+                    display.line(line)
+        self.evaluate = Evaluator(self.model, self.stream.teachers, self.stream.mesh)
+        self.metrics = self.opened.enter_context(Metrics(self.folder, config, start))
+        self._describe(start)
+        if start == 0:
+            self._evaluate(0)
+        return start
 
     def _open_stream(self) -> Stream:
         with self.display.stage("tokenizer and data"):
@@ -164,7 +180,7 @@ class _Run:
         with display.stage("compile"):
             pending = self._dispatch()
         if pending is None:
-            raise self.fault or UserError(f"{self.interrupt.asked}: nothing new to save; run the same command again")
+            raise self.fault or Interrupted(self.interrupt.asked)
         self.metrics.write(done, display.spent())
         window = _Window(config, self.steps, done)
         for number in range(done + 1, self.steps + 1):
@@ -201,11 +217,12 @@ class _Run:
                 pending = self._dispatch()
                 if pending is None:
                     self._save(number)
+                    if self.fault is None:
+                        raise Interrupted(self.interrupt.asked)
                     self.checkpoints.wait()
-                    saved = f"saved step {number}; run the same command again to go on"
                     if isinstance(self.fault, EngineError):
-                        raise EngineError(f"{self.fault}\n{saved}")
-                    raise UserError(f"{self.fault or self.interrupt.asked}: {saved}")
+                        raise EngineError(f"{self.fault}\n{self._left()}")
+                    raise UserError(f"{self.fault}: {self._left()}")
 
     def _dispatch(self) -> tuple[DeviceBatch, dict[str, jax.Array]] | None:
         """Take a batch and start its step; None where the run was asked to stop, or for a ``fault``."""
@@ -223,8 +240,17 @@ class _Run:
         with self.profiler.step(self.step.number + 1):
             return batch, self.step(batch)
 
+    def _left(self) -> str:
+        """What there is of a run that ends early, and what to do about it."""
+        if self.finished:
+            return f"the run is finished, its report is not; python -m kdjax.report {self.folder} writes it"
+        if self.result.steps == 0:
+            return "nothing new to save; run the same command again"
+        return f"saved step {self.result.steps}; run the same command again to go on"
+
     def _leave_at_once(self) -> None:
-        self.stream.kill()
+        if self.stream is not None:
+            self.stream.kill()
         self.display.line("leaving at once; the same command goes on from the newest checkpoint")
         self.display.console.show_cursor()
 
@@ -300,9 +326,6 @@ class _Run:
 
     def _finish(self) -> None:
         config, result, display = self.config, self.result, self.display
-        if self.stream.self_teacher is not None:
-            self.stream.self_teacher.learn()  # from the last step too
-        self._save(result.steps)
         if result.steps not in result.evaluations:
             self._evaluate(result.steps)
         result.kept_step = result.steps if self.best is None else self.best.step
@@ -333,6 +356,7 @@ class _Run:
         self.metrics.write(result.steps, display.spent())
         evaluations = {str(step): values for step, values in sorted(result.evaluations.items())}
         self.run_folder.finish({"steps": result.steps, "kept_step": result.kept_step, "evaluations": evaluations})
+        self.finished = True
 
     def _report(self) -> None:
         from kdjax.reporting import write_report  # plots load for seconds, and only where they are wanted
