@@ -11,7 +11,7 @@ import yaml
 from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.train import main
-from kdjax.training.metrics import Metrics, check_log, read_metrics
+from kdjax.training.metrics import JsonLines, Metrics, TensorBoard, check_log, read_metrics
 
 
 def configured(**log):
@@ -81,6 +81,21 @@ def test_wandb_offline_receives_configuration_and_numbers(tmp_path):
     assert any(update.key == "train" for update in runs[0].config.update)
     assert [(row["step"], row["loss"]) for row in history] == [(3, 2.5), (4, 2.0)]
     assert history[0]["eval/ce"] == 1.25
+
+
+def test_a_sink_that_refuses_leaves_no_other_open(tmp_path, monkeypatch):
+    closed = []
+
+    def refuse(*_):
+        raise UserError("log.wandb: no network")
+
+    monkeypatch.setattr("kdjax.training.metrics.WeightsAndBiases", refuse)
+    for sink in (JsonLines, TensorBoard):
+        close = sink.close
+        monkeypatch.setattr(sink, "close", lambda self, close=close: (closed.append(type(self)), close(self)))
+    with pytest.raises(UserError, match="no network"):
+        Metrics(tmp_path, configured(wandb=True, tensorboard=True))
+    assert closed == [TensorBoard, JsonLines]
 
 
 def test_wandb_that_is_not_installed_is_refused_before_anything_loads(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,11 +37,13 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, config: Config, resumed_at: int = 0) -> None:
-        self._sinks: list[Sink] = [JsonLines(folder, resumed_at)]
-        if config.log.tensorboard:
-            self._sinks.append(TensorBoard(folder, resumed_at))
-        if config.log.wandb:
-            self._sinks.append(WeightsAndBiases(folder, config))
+        with ExitStack() as opened:
+            sinks: list[Sink] = [opened.enter_context(closing(JsonLines(folder, resumed_at)))]
+            if config.log.tensorboard:
+                sinks.append(opened.enter_context(closing(TensorBoard(folder, resumed_at))))
+            if config.log.wandb:
+                sinks.append(opened.enter_context(closing(WeightsAndBiases(folder, config))))
+            self._sinks, self._opened = sinks, opened.pop_all()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record scalars of ``step``."""
@@ -49,8 +52,7 @@ class Metrics:
             sink.write(step, numbers)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self._opened.close()
 
     def __enter__(self) -> Metrics:
         return self
