@@ -7,7 +7,9 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 from run_tools import (
     ENVIRONMENT,
@@ -24,9 +26,11 @@ from run_tools import (
     write_config,
 )
 
+from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.training import loop
 from kdjax.training.interrupt import Interrupt, Interrupted
+from kdjax.training.sources import LOG_RATIO, Stream
 
 
 @pytest.fixture
@@ -154,7 +158,12 @@ def test_a_signal_in_start_up_leaves_nothing(run_values, tmp_path, temporary, de
 def test_a_signal_in_the_last_evaluation_or_the_report(run_values, tmp_path, devices_as_asked, monkeypatch):
     """without a step, which would have to be compiled"""
     numbers = [{"ce": 2.0}]
-    monkeypatch.setattr(loop._Run, "_loop", lambda self, done: setattr(self.result, "steps", 1))
+
+    def train(self, done):
+        self.run_folder.keep()
+        self.result.steps, self.position = 1, self.stream.state()
+
+    monkeypatch.setattr(loop._Run, "_loop", train)
     monkeypatch.setattr(loop, "Evaluator", lambda *_: lambda *_: numbers.pop() if numbers else strike())
     run_values["log"]["report"] = True
     with pytest.raises(UserError, match="^SIGTERM: saved step 1; run the same command again to go on$"):
@@ -171,3 +180,32 @@ def test_a_signal_in_the_last_evaluation_or_the_report(run_values, tmp_path, dev
     with pytest.raises(UserError, match="^SIGTERM: the run is finished, its report is not; python -m kdjax.report"):
         go(without_teacher(run_values), display)
     assert [line for line in display.lines if line.startswith("resume from step 1")]
+
+
+@pytest.fixture
+def starting(on_policy_values, tiny_teacher, temporary, devices_as_asked, monkeypatch):
+    """a stream whose two engines, the teacher's and the student's, have only just been started"""
+    monkeypatch.setattr("kdjax.rollouts.engines.export_student", lambda *_: tiny_teacher)
+    stream = Stream(from_dict(on_policy_values))
+    stream.attach(SimpleNamespace(model=None))
+    assert len(servers()) == 2
+    return stream
+
+
+def test_leaving_at_once_takes_hung_engines_of_the_student_along(starting, temporary):
+    for server in servers():
+        os.kill(server, signal.SIGSTOP)
+    starting.kill()
+    wait_until(lambda: not traces(os.getpid(), temporary), 10)
+    starting.close()
+
+
+def test_closing_leaves_nothing_where_the_last_step_cannot_be_written_down(starting, temporary):
+    def full(*_):
+        raise OSError("no space")
+
+    starting.data.learned = full
+    starting._taken = SimpleNamespace(by_row={LOG_RATIO: jnp.zeros(1)}, host=None)
+    with pytest.raises(OSError, match="no space"):
+        starting.close()
+    wait_until(lambda: not traces(os.getpid(), temporary), 10)

@@ -135,13 +135,23 @@ class StudentEngines:
             ]
             return [completion for job in jobs for completion in job.result()]
 
+    def kill(self) -> None:
+        """End the engines at once, whatever they are doing, and for good."""
+        self._end()
+        for engine in self.engines:
+            engine.kill()
+
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._end()
         for engine in self.engines:
             if engine is not self._shared:
                 engine.close()
+
+    def _end(self) -> None:
+        """From now on nobody is waited for, and a dead engine stays dead."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _generate(
         self, engine: RemoteEngine, prompts: list[Int32[np.ndarray, " T"]], seeds: list[int]

@@ -14,21 +14,21 @@ POLL_SECONDS = 0.2  # between looks at whether a wait is still wanted
 class Ahead(Generic[Result]):
     """Runs ``produce`` in a thread, at most ``depth`` results ahead of ``take``; its errors surface in ``take``.
 
-    With depth 0 there is no thread: ``take`` produces.
+    With depth 0 the thread produces only while ``take`` waits.
     """
 
     def __init__(self, produce: Callable[[], Result], depth: int) -> None:
-        self._produce, self._depth = produce, depth
+        self._produce, self._on_demand = produce, depth == 0
         self._results: queue.Queue = queue.Queue()
         self._permits = threading.Semaphore(depth)
         self._stopping = False
-        if depth:
-            threading.Thread(target=self._run, name="kdjax-ahead", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="kdjax-ahead", daemon=True)
+        self._thread.start()
 
     def take(self, give_up: Callable[[], object]) -> Result | None:
         """The next result, or None once ``give_up()`` is true."""
-        if not self._depth:
-            return self._produce()
+        if self._on_demand:
+            self._permits.release()
         while True:
             try:
                 result, error = self._results.get(timeout=POLL_SECONDS)
@@ -39,13 +39,19 @@ class Ahead(Generic[Result]):
         if error is not None:
             self._results.put((None, error))
             raise error
-        self._permits.release()
+        if not self._on_demand:
+            self._permits.release()
         return result
 
     def stop(self) -> None:
         """Produce no more; a result that is being made is finished."""
         self._stopping = True
         self._permits.release()
+
+    def join(self) -> None:
+        """``stop``, and wait until nothing is being made."""
+        self.stop()
+        self._thread.join()
 
     def _run(self) -> None:
         while True:

@@ -160,9 +160,10 @@ class Stream:
             synced = self._follow()
             start = time.perf_counter()
             made = self._worker.take(give_up)
+            if made is None:
+                self._give_up()
+                return None
             self.turns.enter("train")
-        if made is None:
-            return None
         host, lease, seconds = made
         seconds = synced | seconds | {"waiting": time.perf_counter() - start}
         start = time.perf_counter()
@@ -305,15 +306,30 @@ class Stream:
         self.turns.enter("prefill")
 
     def kill(self) -> None:
-        """End the teacher and unlink the pool at once, whatever they are doing; the process is about to end."""
+        """End the engines and unlink the pool at once, whatever they are doing; the process is about to end."""
+        self._kill_engines()
         if self.engine is not None:
-            self.engine.kill()
+            self.engine.pool.close()
 
     def close(self) -> None:
         """Stop the engines and free the pool; safe to call twice."""
-        if self._taken is not None and all(array.is_ready() for array in self._taken.by_row.values()):
-            self._look_back()
-        self._exit.close()
+        try:
+            if self._taken is not None and all(array.is_ready() for array in self._taken.by_row.values()):
+                self._look_back()
+        finally:
+            self._exit.close()
+
+    def _give_up(self) -> None:
+        """No batch is wanted any more, and the step is about to be saved, which nobody may be moving then."""
+        if "parameters" in self.config.train.offload:
+            self._kill_engines()
+            self._worker.join()
+
+    def _kill_engines(self) -> None:
+        if self.engine is not None:
+            self.engine.kill()
+        if self.students is not None:
+            self.students.kill()
 
     def __enter__(self) -> Stream:
         return self

@@ -143,10 +143,9 @@ class TeacherEngine:
         return self.revived.count
 
     def kill(self) -> None:
-        """End the engine and unlink the pool at once, whatever they are doing; the process is about to end."""
+        """End the engine at once, whatever it is doing, and for good."""
         self.revived.end()
         self.remote.kill()
-        self.pool.close()
 
     def close(self) -> None:
         """Stop the engine and free the pool; safe to call twice."""
