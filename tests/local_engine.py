@@ -12,7 +12,7 @@ from bridge.errors import EngineError
 class LocalEngine(RemoteEngine):
     """A RemoteEngine whose other side is an object. ``calls`` are its calls' names in order.
 
-    ``deaths`` names calls that kill it: each is struck off when it has happened.
+    ``deaths`` and ``hangs`` name calls that kill it or miss their deadline: each is struck off when it has happened.
     """
 
     def __init__(self, model, *, kind, log, pool=None, dtype=None, banned_ids=(), options=None, **_):
@@ -25,7 +25,7 @@ class LocalEngine(RemoteEngine):
             banned_ids=tuple(banned_ids),
             options=dict(options or {}),
         )
-        self.calls, self.deaths, self.starts = [], [], 0
+        self.calls, self.deaths, self.hangs, self.starts = [], [], [], 0
         super().__init__(spec, pool, Path(log), 60.0, 60.0)
 
     @property
@@ -55,6 +55,10 @@ class LocalEngine(RemoteEngine):
     def _call(self, method, args, timeout):
         with self._turn:
             self.calls.append(method)
+            if method in self.hangs:
+                self.hangs.remove(method)
+                self.log.touch()
+                self._missed(method, round(timeout or self.call_timeout))
             if method in self.deaths:
                 self.deaths.remove(method)
                 self._server = None

@@ -29,7 +29,7 @@ class Scripted:
     def __init__(self, answer):
         self.answer, self.tokenizer = answer, load_tokenizer(TOKENIZER)
         self.asked, self.started, self.restarted, self.faults = [], 0, 0, []
-        self.spec = None
+        self.spec, self.pid, self.log = None, 1, "engine.log"
 
     def start(self, model, **spec):
         self.started, self.spec = self.started + 1, SimpleNamespace(model=model, **spec)
@@ -39,11 +39,12 @@ class Scripted:
         pass
 
     def restart(self):
-        self.restarted += 1
+        self.restarted, self.pid = self.restarted + 1, 1
 
     def generate(self, prompts, sampling):
-        if self.faults and self.faults.pop(0):
-            raise EngineError("engine died\nlog")
+        if self.faults and (fault := self.faults.pop(0)):
+            self.pid = None if fault == "dies" else 1
+            raise EngineError(f"engine {fault}\nlog")
         made = []
         for ids in prompts:
             text = self.tokenizer.decode(ids[1:-2])  # <|user|> … <|end|><|assistant|>
@@ -173,15 +174,24 @@ def test_every_cut_of_the_journal_is_healed(values, scripted, tmp_path):
 
 def test_a_dead_engine_is_started_again(values, scripted):
     engine = scripted(right)
-    engine.faults = [False, True, True, False]
+    engine.faults = [None, "dies", "dies", None]
     assert go(values)["kept"] == 7
     assert engine.restarted == 2 and engine.asked == [f"{i}+1" for i in range(7)]
 
 
+def test_an_engine_that_lives_and_refuses_is_not_started_again(values, scripted):
+    engine = scripted(right)
+    engine.faults = ["refuses"]
+    with pytest.raises(EngineError, match="refuses"):
+        go(values)
+    assert engine.restarted == 0
+
+
 def test_an_engine_that_keeps_dying_ends_the_run_and_loses_nothing(values, scripted):
     engine = scripted(right)
-    engine.faults = [False, True, True, True]
-    with pytest.raises(EngineError):
+    engine.faults = [None, *3 * ["dies"]]
+    values["teacher"]["restarts"] = 2
+    with pytest.raises(EngineError, match="started again 2 times; teacher.restarts"):
         go(values)
     engine.asked.clear()
     assert go(values)["kept"] == 7
@@ -199,6 +209,13 @@ def test_a_signal_stops_behind_the_batch_in_hand(values, scripted):
         go(values)
     assert go(values)["kept"] == 7
     assert engine.asked == [f"{i}+1" for i in range(7)]
+
+
+def test_a_signal_while_the_engine_starts(values, scripted, monkeypatch):
+    scripted(right)
+    monkeypatch.setattr(Scripted, "wait_ready", lambda self: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(UserError, match="SIGTERM: 0 of 7 prompts are answered; run the same command"):
+        go(values)
 
 
 def test_other_settings_are_refused(values, scripted, tmp_path):

@@ -42,7 +42,7 @@ def test_weights_arrive_and_a_killed_engine_comes_back_with_them(on_policy_value
                 os.kill(engine.pid, signal.SIGKILL)
             batch = next(stream)
             mismatch.append(float(step(batch)["rollout/k3"]))
-            notes = [note for note in batch.host.notes if "started again" in note]
+            notes = [note for note in batch.host.notes if "starting it again" in note]
             assert bool(notes) == (number == 3)
         assert max(mismatch) < 1e-6
         stream.students.sync()

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_tools import Watcher, go, losses, servers, traces, wait_until, write_config
@@ -146,6 +147,19 @@ def test_a_refused_request_is_raised_and_not_repeated():
     with pytest.raises(EngineError, match="gave up prompt 3"):
         Revived(Living(), 3, print).ask(question)
     assert len(asked) == 1
+
+
+def test_an_engine_that_another_thread_has_started_again_is_asked_and_not_started_once_more():
+    engine, told = SimpleNamespace(pid=1, log="engine.log"), []
+
+    def question(engine):
+        if engine.pid == 1:
+            engine.pid = 2
+            raise EngineError("engine died\nlog")
+        return engine.pid
+
+    assert Revived(engine, 1, told.append, group="rollout").ask(question) == 2
+    assert told == ["engine died; starting it again, 1 of 1 (log: engine.log)"]
 
 
 @pytest.mark.full

@@ -66,7 +66,7 @@ def test_killed_or_hung_as_it_writes(
         on_policy_values["rollout"] |= {"args": {"max_total_tokens": 4096}}
     display = Watcher()
     go(on_policy_values, display)
-    killed, hung = (line for line in display.lines if "the student's engine is started again" in line)
+    killed, hung = (line for line in display.lines if "starting it again, 1 of 3" in line)
     assert "died (signal SIGKILL) during generate" in killed
     assert "gave no answer to generate within 5 s and was stopped" in hung
     found, run = written(tmp_path / "run"), tmp_path / "run"
@@ -96,7 +96,7 @@ def test_dead_when_its_turn_comes(on_policy_values, tmp_path, undisturbed, local
     go(on_policy_values, display, colocate=True)
     assert [engine.starts for engine in local_engines] == [2, 2]
     assert losses(tmp_path / "run") == expected["losses"]  # to the bit
-    assert sum("start" in line and "again" in line for line in display.lines) == 2
+    assert sum("starting it again, 1 of 3" in line for line in display.lines) == 2
 
 
 def test_a_step_without_a_response_to_learn_from(on_policy_values, tmp_path, local_engines):

@@ -69,6 +69,8 @@ class RolloutConfig:
     """Seconds until an engine must be ready."""
     timeout: float = Field(600.0, gt=0)
     """Seconds that the responses of one step, or one weight sync, may take."""
+    restarts: int = Field(3, ge=0)
+    """How often an engine that died or hung is started again for one step or sync, before the run ends."""
 
     def __post_init__(self) -> None:
         if self.sync_every > self.max_staleness + 1:

@@ -21,20 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bridge.checkpoint import read_facts
 from bridge.client import RemoteEngine, default_device, start_engine
 from bridge.engine import Completion, Sampling
-from bridge.errors import EngineError
 from kdjax.config import Config, SourceConfig
 from kdjax.data.formats import RowError
 from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
-from kdjax.errors import UserError, first_line
+from kdjax.errors import UserError
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
 from kdjax.models import resolve
-from kdjax.training.interrupt import Interrupt
+from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.progress import Display
+from kdjax.training.revive import Revived
 from kdjax.training.teacher import engine_options
 
-ENGINE_STARTS = 3  # a batch that the engine does not survive so often is not asked for again
 SECONDS_BETWEEN_LINES = 20
 MARGIN = 8  # positions that SGLang keeps to itself
 LEFT_OUT = {"bad": "malformed", "long": "longer than generate.prompt_max_len"}
@@ -119,24 +118,25 @@ class Answers:
     def write(self, display: Display, log: Path) -> None:
         """Have an engine answer what is not answered yet, batch by batch; ``log`` takes what the engine prints.
 
-        A signal to stop ends it behind the batch in hand with a UserError; the same command then goes on.
+        A signal to stop ends it, behind a batch that is in hand, with a UserError; the same command then goes on.
         """
         if self.complete:
             return
-        with self._engine(log) as engine:
-            with display.stage(f"engine ({self.config.teacher.engine})"):
-                engine.wait_ready()
-            with (
-                Interrupt(display.line, lambda: engine.kill()) as interrupt,
-                _Progress(display, len(self.prompts), self._done) as progress,
-            ):
-                while not self.complete:
-                    if interrupt.asked:
-                        raise UserError(
-                            f"{interrupt.asked}: {self._done} of {len(self.prompts)} prompts are answered; "
-                            f"run the same command again to go on"
-                        )
-                    self._write_batch(engine, progress, display)
+        with self._engine(log) as engine, Interrupt(display.line, lambda: engine.kill()) as interrupt:
+            restarts = self.config.teacher.restarts
+            revived = Revived(engine, restarts, display.line, limit="generate.prompt_max_len")
+            try:
+                with display.stage(f"engine ({self.config.teacher.engine})"), interrupt.breakable():
+                    engine.wait_ready()
+                with _Progress(display, len(self.prompts), self._done) as progress:
+                    while not self.complete:
+                        interrupt.leave()
+                        self._write_batch(revived, progress)
+            except Interrupted as signal:
+                raise UserError(
+                    f"{signal}: {self._done} of {len(self.prompts)} prompts are answered; "
+                    f"run the same command again to go on"
+                ) from None
         self.seconds, self.tokens = progress.seconds, progress.tokens
 
     def __iter__(self) -> Iterator[tuple[Prompt | None, Entry]]:
@@ -210,11 +210,11 @@ class Answers:
             wait=False,
         )
 
-    def _write_batch(self, engine: Any, progress: _Progress, display: Display) -> None:
+    def _write_batch(self, engine: Revived, progress: _Progress) -> None:
         number = self.journal.lines
         batch = self._batch(number)
         asked = [prompt for prompt in batch if not isinstance(prompt, str)]
-        completions = iter(self._complete(engine, asked, number, display) if asked else ())
+        completions = iter(self._complete(engine, asked, number) if asked else ())
         entries: list[Entry] = []
         for prompt in batch:
             if isinstance(prompt, str):
@@ -225,20 +225,10 @@ class Answers:
         self.journal.append({"prompts": self._digest(batch), "answers": plain})
         progress.add(entries)
 
-    def _complete(self, engine: Any, asked: list[Prompt], number: int, display: Display) -> list[Completion]:
+    def _complete(self, engine: Revived, asked: list[Prompt], number: int) -> list[Completion]:
         seed = int(np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)[0])
         sampling = Sampling(**{**asdict(self.sampling), "seed": seed})
-        for start in range(1, ENGINE_STARTS + 1):
-            try:
-                return engine.generate([self._ids(prompt) for prompt in asked], sampling)
-            except ValueError as error:
-                raise UserError(f"the engine refuses a prompt: {error}; see generate.prompt_max_len") from None
-            except EngineError as error:
-                if start == ENGINE_STARTS:
-                    raise
-                display.line(f"{first_line(error)}; starting it again")
-                engine.restart()
-        raise AssertionError("the last start returns or raises")
+        return engine.ask(lambda engine: engine.generate([self._ids(prompt) for prompt in asked], sampling))
 
     def _answer(self, prompt: Prompt, completion: Completion) -> Answer:
         text = response_text(self.tokenizer, completion.ids, self._ends)

@@ -17,19 +17,18 @@ from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
-from kdjax.errors import UserError, first_line
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import EngineTensors
+from kdjax.training.revive import Revived
 from kdjax.training.student import export_student
-
-RESTARTS = 2  # of one engine for one batch: what kills it again and again is no accident
 
 
 class StudentEngines:
     """``rollout.engines`` engines that run the student as of some step.
 
     The version of weights is the number of steps that made them; every completion carries it. An engine that dies or
-    misses a deadline is started again and given the current weights, and its prompts are asked again with their seeds.
+    misses a deadline is started again (``rollout.restarts``) and given the current weights, and its prompts are asked
+    again with their seeds.
     ``turns`` is asked before they do anything: another is put there where devices are shared.
 
     Args:
@@ -60,8 +59,9 @@ class StudentEngines:
         self.version = -1
         self.turns = Turns()
         self.notes: list[str] = []
-        self._turn, self._changed, self._closed = threading.Lock(), threading.Condition(), False
+        self._turn, self._changed, self._closed = threading.RLock(), threading.Condition(), False
         self.engines: list[RemoteEngine] = [] if shared is None else [shared]
+        self._revived: list[Revived] = []
         try:
             for number in range(rollout.engines):
                 self.engines.append(
@@ -81,6 +81,8 @@ class StudentEngines:
         except BaseException:
             self.close()
             raise
+        restarts = rollout.restarts, self.notes.append, lambda engine: self.turns.restarted(engine)
+        self._revived = [Revived(engine, *restarts, group="rollout") for engine in self.engines]
 
     def wait_ready(self) -> None:
         """Until all answer. Raises EngineError when one does not start in time."""
@@ -104,13 +106,7 @@ class StudentEngines:
         Raises EngineError that names the tensor where it broke off.
         """
         self.turns.enter("sync")
-        self.notes += [
-            f"the student's engine is started again: it was found dead (log: {engine.log})"
-            for engine in self.engines
-            if engine.pid is None
-        ]
-        with self._turn:
-            version = min([self._send(engine) for engine in self.engines])
+        version = min([revived.ask(self._send) for revived in self._revived])
         with self._changed:
             self.version = version
             self._changed.notify_all()
@@ -130,8 +126,8 @@ class StudentEngines:
         shares = [part for part in np.array_split(np.arange(len(prompts)), len(self.engines)) if part.size]
         with ThreadPoolExecutor(max(1, len(shares))) as threads:
             jobs = [
-                threads.submit(self._generate, engine, [prompts[i] for i in share], [seeds[i] for i in share])
-                for engine, share in zip(self.engines, shares, strict=False)
+                threads.submit(self._generate, revived, [prompts[i] for i in share], [seeds[i] for i in share])
+                for revived, share in zip(self._revived, shares, strict=False)
             ]
             return [completion for job in jobs for completion in job.result()]
 
@@ -149,13 +145,13 @@ class StudentEngines:
 
     def _end(self) -> None:
         """From now on nobody is waited for, and a dead engine stays dead."""
+        for revived in self._revived:
+            revived.end()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _generate(
-        self, engine: RemoteEngine, prompts: list[Int32[np.ndarray, " T"]], seeds: list[int]
-    ) -> list[Completion]:
+    def _generate(self, revived: Revived, prompts: list[Int32[np.ndarray, " T"]], seeds: list[int]) -> list[Completion]:
         rollout = self._config
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
@@ -165,56 +161,36 @@ class StudentEngines:
             stop_ids=tuple(sorted(self.stop_ids)),
             seeds=tuple(seeds),
         )
-        restarts = 0
-        while True:
-            try:
-                return engine.generate(prompts, sampling)
-            except ValueError as error:
-                raise UserError(f"rollout: the student's engine refuses a prompt: {error}; see data.max_len") from None
-            except EngineError as error:
-                restarts += 1
-                if not self._may_restart(engine, restarts):
-                    raise
-                self._note(error)
-                with self._turn:
+
+        def write(engine: RemoteEngine) -> list[Completion]:
+            with self._turn:  # while weights are under way it holds none either
+                if engine.holds is None:  # it was started again
                     self.turns.enter("sync")
                     self._send(engine)
                     self.turns.enter("generate")
+            return engine.generate(prompts, sampling)
+
+        return revived.ask(write)
 
     def _send(self, engine: RemoteEngine) -> int:
-        """Give one engine the newest weights, after a new start if it is dead; returns their version."""
-        restarts = 0
-        while True:
-            tensors = EngineTensors(self._step.model, self.dtype, engine_device=engine.spec.device)
-            try:
-                if engine.pid is None:
-                    engine.restart()
-                    self.turns.restarted(engine)
-                with self._step.lock:
-                    version = self._step.number
-                    engine.update_weights(
-                        tensors,
-                        version=version,
-                        bucket_bytes=self._config.bucket_bytes,
-                        label=student_label(version),
-                        gpu=tensors.gpu,
-                    )
-                return version
-            except EngineError as error:
-                restarts += 1
-                if not self._may_restart(engine, restarts):
-                    raise EngineError(
-                        f"the weights of step {self._step.number} did not reach the student's engine, it broke off at "
-                        f"{tensors.last}: {error}\nrun the same command again to go on from the last checkpoint"
-                    ) from None
-                self._note(error)
-
-    def _may_restart(self, engine: RemoteEngine, restarts: int) -> bool:
-        """Whether the engine is dead, as opposed to alive and refusing, and has not died too often."""
-        return engine.pid is None and restarts <= RESTARTS and not self._closed
-
-    def _note(self, error: EngineError) -> None:
-        self.notes.append(f"the student's engine is started again: {first_line(error)}")
+        """Give an engine the newest weights; returns their version."""
+        tensors = EngineTensors(self._step.model, self.dtype, engine_device=engine.spec.device)
+        try:
+            with self._turn, self._step.lock:
+                version = self._step.number
+                engine.update_weights(
+                    tensors,
+                    version=version,
+                    bucket_bytes=self._config.bucket_bytes,
+                    label=student_label(version),
+                    gpu=tensors.gpu,
+                )
+            return version
+        except EngineError as error:
+            raise EngineError(
+                f"the weights of step {self._step.number} did not reach the student's engine, it broke off at "
+                f"{tensors.last}: {error}"
+            ) from None
 
 
 def student_label(version: int) -> tuple[str, int]:

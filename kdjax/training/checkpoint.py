@@ -27,7 +27,7 @@ _FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "genera
         "data": "workers",
         "teacher": "engine tp pp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
         "resident",
-        "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout resident "
+        "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout restarts resident "
         "show_every max_k3",
     }.items()
     for key in keys.split()
