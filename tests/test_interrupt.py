@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,11 @@ from run_tools import (
 
 from kdjax.config import from_dict
 from kdjax.errors import UserError
+from kdjax.rollouts.overlap import Waits
+from kdjax.rollouts.stream import RolloutStream
+from kdjax.rollouts.turns import Turns
 from kdjax.training import loop
+from kdjax.training.ahead import Ahead
 from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.sources import LOG_RATIO, Stream
 
@@ -209,3 +214,36 @@ def test_closing_leaves_nothing_where_the_last_step_cannot_be_written_down(start
     with pytest.raises(OSError, match="no space"):
         starting.close()
     wait_until(lambda: not traces(os.getpid(), temporary), 10)
+
+
+def hanging(hangs, **more):
+    """as much of a stream as ``take`` needs; ``hangs`` says what does, until the engines are killed"""
+    begun, killed, ended = threading.Event(), threading.Event(), []
+
+    def until_killed():
+        begun.set()
+        assert killed.wait(30)
+        time.sleep(0.1)
+        ended.append(hangs)
+
+    does = dict.fromkeys(("produce", "follow"), lambda: None) | {hangs: until_killed}
+    stream = Stream.__new__(Stream)
+    stream.data, stream.turns, stream._waits = RolloutStream.__new__(RolloutStream), Turns(), Waits()
+    stream.data.engines = SimpleNamespace(follow=does["follow"], kill=killed.set)
+    stream.config = SimpleNamespace(colocate=False, train=SimpleNamespace(**more))
+    stream.engine = stream.self_teacher = stream._taken = None
+    stream._worker, stream._sender = Ahead(does["produce"], 0), Ahead(stream._send, 0)
+    return stream, begun.is_set, ended
+
+
+@pytest.mark.parametrize("hangs", ["produce", "follow"])
+def test_engines_that_write_or_take_weights_are_given_up(hangs):
+    stream, begun, ended = hanging(hangs, offload=())
+    assert stream.take(begun) is None and not ended
+    stream.kill()
+
+
+@pytest.mark.parametrize("hangs", ["produce", "follow"])
+def test_parameters_that_wait_on_the_host_are_saved_once_nobody_moves_them(hangs):
+    stream, begun, ended = hanging(hangs, offload=("parameters",))
+    assert stream.take(begun) is None and ended == [hangs]

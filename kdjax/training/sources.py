@@ -148,18 +148,19 @@ class Stream:
         return self.take(lambda: False)
 
     def take(self, give_up: Callable[[], Any]) -> DeviceBatch | None:
-        """The next batch, or None as soon as ``give_up()`` is true while the teacher is waited for."""
+        """The next batch, or None as soon as ``give_up()`` is true while an engine is waited for."""
         if self._worker is None:
             if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
             self._produced, self._begun = 0 if self._step is None else self._step.number, True
-            self._worker = Ahead(self._produce, self._lookahead)
+            self._worker, self._sender = Ahead(self._produce, self._lookahead), Ahead(self._send, 0)
             self._exit.callback(self._worker.stop)
+            self._exit.callback(self._sender.stop)
         self._look_back()
         with self._waits.waiting():
-            synced = self._follow()
+            synced = self._follow(give_up)
             start = time.perf_counter()
-            made = self._worker.take(give_up)
+            made = None if synced is None else self._worker.take(give_up)
             if made is None:
                 self._give_up()
                 return None
@@ -211,15 +212,15 @@ class Stream:
         """The engines that run the student."""
         return self.data.engines if isinstance(self.data, RolloutStream) else None
 
-    def _follow(self) -> dict[str, float]:
+    def _follow(self, give_up: Callable[[], Any]) -> dict[str, float] | None:
         """Bring the engines that follow the student up to date; returns the seconds it took."""
         if self.config.colocate:
             self.turns.enter("train")
-        followers = [follower for follower in (self.students, self.self_teacher) if follower is not None]
-        start = time.perf_counter()
-        for follower in followers:
-            follower.follow()
-        return {"sync": time.perf_counter() - start} if followers else {}
+        start, seconds = time.perf_counter(), {}
+        if self.self_teacher is not None:
+            self.self_teacher.follow()
+            seconds = {"sync": time.perf_counter() - start}
+        return seconds if self.students is None else self._sender.take(give_up)
 
     def _look_back(self) -> None:
         """See what the last step found of its responses, and where devices are shared wait until it is done."""
@@ -292,6 +293,11 @@ class Stream:
         lease, seconds = self._consult(host)
         return host, lease, host.seconds | seconds
 
+    def _send(self) -> dict[str, float]:
+        start = time.perf_counter()
+        self.students.follow()
+        return {"sync": time.perf_counter() - start}
+
     def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
         if self.engine is None:
             return None, {}
@@ -323,6 +329,7 @@ class Stream:
         """No batch is wanted any more, and the step is about to be saved, which nobody may be moving then."""
         if "parameters" in self.config.train.offload:
             self._kill_engines()
+            self._sender.join()
             self._worker.join()
 
     def _kill_engines(self) -> None:
