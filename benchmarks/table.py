@@ -2,17 +2,16 @@
 
     python -m benchmarks.table
 
-What has no file, or is not in it, is shown as not measured. A file that no line reads is an error: a result that
-nobody sees is one that nobody keeps.
+What has no file, or is not in it, is named below the table as not measured, by file. A file that no line reads is an
+error: a result that nobody sees is one that nobody keeps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.lines import GPU, LINES, Line
+from benchmarks.lines import GPU, LINES, Found, Line
 from benchmarks.record import ROOT, write_between
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,34 +20,38 @@ MARK = "<!-- benchmarks table: make bench -->"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The table of results by file name, and under it where each was measured."""
+    """The table of results by file name; under it what is not measured yet, and where each file was measured."""
     gpu = {name: result for name, result in results.items() if "gpu" in result}
     if unread := sorted(results.keys() - LINES.keys() - gpu.keys()):
         raise KeyError(f"benchmarks/lines.py says nothing about {', '.join(unread)}")
-    rows = [row for name, lines in LINES.items() for row in _rows(name, lines, results.get(name))]
-    for name, result in gpu.items() or [("on a GPU", None)]:
-        rows += _rows(name, GPU, result)
+    lines = [(name, line, results.get(name)) for name, each in LINES.items() for line in each]
+    lines += [(name, line, result) for name, result in gpu.items() or [("gpu", None)] for line in GPU]
+    found = [(name, line, _found(line, result)) for name, line, result in lines]
+    rows = [_row(name, line, number) for name, line, number in found if number]
+    missing = dict.fromkeys(name for name, _, number in found if not number)
     heads = ["| what | goal | measured | spread | result |", "|---|---|---|---|---|"]
-    return "\n".join([*heads, *rows, "", *map(_about, sorted(results), map(results.get, sorted(results)))]).strip()
+    parts = [f"parts of {name}" if name in results else name for name in missing]
+    unmeasured = [f"Not measured yet: {', '.join(parts)}.", ""] if parts else []
+    about = [_about(name, results[name]) for name in sorted(results)]
+    return "\n".join([*heads, *rows, "", *unmeasured, *about]).strip()
 
 
-def _rows(name: str, lines: Iterable[Line], result: dict[str, Any] | None) -> Iterable[str]:
-    for line in lines:
-        goal, measured, spread = _goal(line), "not measured", ""
-        try:
-            found = None if result is None else line.find(result)
-        except KeyError:  # a run of some sections only
-            found = None
-        if found is not None:
-            measured = found.text
-            if goal:
-                missed = (line.least is not None and found.value < line.least) or (
-                    line.most is not None and found.value > line.most
-                )
-                measured = f"{measured}, **missed**" if missed else f"**{measured}**"
-            spread = "" if found.spread is None else f"{found.spread:.0%}"
-        where = name if result is None else f"[{name}](benchmarks/results/{name}.json)"
-        yield f"| {line.what} | {goal} | {measured} | {spread} | {where} |"
+def _found(line: Line, result: dict[str, Any] | None) -> Found | None:
+    try:
+        return None if result is None else line.find(result)
+    except KeyError:  # a run of some sections only
+        return None
+
+
+def _row(name: str, line: Line, found: Found) -> str:
+    measured = found.text
+    if goal := _goal(line):
+        missed = (line.least is not None and found.value < line.least) or (
+            line.most is not None and found.value > line.most
+        )
+        measured = f"{measured}, **missed**" if missed else f"**{measured}**"
+    spread = "" if found.spread is None else f"{found.spread:.0%}"
+    return f"| {line.what} | {goal} | {measured} | {spread} | [{name}](benchmarks/results/{name}.json) |"
 
 
 def _goal(line: Line) -> str:
