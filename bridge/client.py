@@ -26,7 +26,7 @@ from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, S
 from bridge.errors import EngineError
 from bridge.hidden_pool import HiddenPool
 from bridge.leaving import FOLDER_PREFIX
-from bridge.weights import DeviceBucket, WeightBucket
+from bridge.weight_sync import DeviceBucket, WeightBucket
 
 LOG_LINES = 15  # quoted when an engine fails
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from bridge.hidden_pool import PoolSpec
-from bridge.weights import BucketSpec, Entry
+from bridge.weight_sync import BucketSpec, Entry
 
 EngineKind = Literal["sglang", "transformers"]
 

@@ -12,7 +12,7 @@ import torch
 from bridge.checkpoint import read_facts
 from bridge.engine import Completion, EngineSpec, Health, HostedEngine, Prefill, Sampling, check_ids
 from bridge.errors import EngineError
-from bridge.weights import BucketSpec, Entry
+from bridge.weight_sync import BucketSpec, Entry
 
 TIED_HEAD = "lm_head.weight"
 

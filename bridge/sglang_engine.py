@@ -15,7 +15,7 @@ from bridge.errors import EngineError
 from bridge.leaving import child_failed
 from bridge.sglang_hook import request_id
 from bridge.sglang_weights import LOADER, described
-from bridge.weights import BucketSpec, Entry
+from bridge.weight_sync import BucketSpec, Entry
 
 IDLE_SECONDS = 30.0
 PLATFORM_GROUP, PLATFORM = "sglang.srt.platforms", "kdjax_cpu"

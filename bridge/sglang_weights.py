@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bridge.weights import BucketSpec, Entry, load_bucket
+from bridge.weight_sync import BucketSpec, Entry, load_bucket
 
 LOADER = f"{__name__}.load"
 

@@ -14,7 +14,7 @@ from bridge.checkpoint import read_facts
 from bridge.cuda import gpus
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.pool_rows import PoolRows
-from bridge.weights import BucketSpec, Entry, load_bucket
+from bridge.weight_sync import BucketSpec, Entry, load_bucket
 
 
 class TransformersEngine:

@@ -15,7 +15,7 @@ SERVER_SIDE = (
     "transformers_engine"
 )  # fmt: skip
 # What kdjax may load of bridge.
-TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "weights")
+TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "weight_sync")
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:

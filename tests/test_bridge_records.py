@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from bridge.checkpoint import read_facts
 from bridge.engine import Prefill, Sampling
 from bridge.hidden_pool import SHARED
-from bridge.weights import WeightBucket, load_bucket
+from bridge.weight_sync import WeightBucket, load_bucket
 
 IDS = np.arange(1, 9, dtype=np.int32)
 

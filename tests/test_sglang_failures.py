@@ -9,7 +9,7 @@ import bridge.sglang_engine
 from bridge.engine import Prefill, Sampling
 from bridge.errors import EngineError
 from bridge.sglang_engine import SGLangEngine
-from bridge.weights import BucketSpec, Entry
+from bridge.weight_sync import BucketSpec, Entry
 
 PROMPTS = [np.array([5, 6, 7], np.int32)] * 2
 MESSAGE = "the input is longer than the model's context"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import bridge.weights
+import bridge.weight_sync
 from bridge.dlpack import CPU
-from bridge.weights import DeviceBucket, load_bucket
+from bridge.weight_sync import DeviceBucket, load_bucket
 from kdjax.models import hf_tensors, load_model
 from kdjax.rollouts.weights import EngineTensors
 from kdjax.sharding import make_mesh
@@ -55,14 +55,14 @@ class Mapping:
 @pytest.fixture
 def gpu(monkeypatch):
     for name, value in {"Allocation": Allocation, "Mapping": Mapping, "gpus": lambda: ["a", "b"], "CUDA": CPU}.items():
-        monkeypatch.setattr(bridge.weights, name, value)
+        monkeypatch.setattr(bridge.weight_sync, name, value)
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    bridge.weights._opened.cache_clear()
+    bridge.weight_sync._opened.cache_clear()
     Mapping.opened = 0
     yield waits
-    bridge.weights._opened.cache_clear()
+    bridge.weight_sync._opened.cache_clear()
 
 
 def test_arrays_cross_a_device_bucket_by_name_and_offset(gpu):
