@@ -40,7 +40,6 @@ def start_engine(
     pool: HiddenPool | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    banned_ids: Sequence[int] = (),
     threads: int | None = None,
     options: Mapping[str, Any] | None = None,
     start_timeout: float = 600.0,
@@ -51,10 +50,10 @@ def start_engine(
 
     model: a HF folder or hub id. log: the file that takes all the engine prints. pool: where `prefill` puts rows, whose
     dtype the model then computes in; without a pool `dtype` says it, or config.json does. device: "cpu", "cuda", or
-    "auto" for CUDA where a GPU answers. banned_ids: never sampled. threads: CPU threads of the engine's processes.
-    options: passed to the engine (SGLang's server arguments) over our defaults. wait: return when it is ready; with
-    False return at once, and `wait_ready`, or the first call, waits for what is left of `start_timeout` seconds.
-    call_timeout: the deadline of every call that names none.
+    "auto" for CUDA where a GPU answers. threads: CPU threads of the engine's processes. options: passed to the engine
+    (SGLang's server arguments) over our defaults. wait: return when it is ready; with False return at once, and
+    `wait_ready`, or the first call, waits for what is left of `start_timeout` seconds. call_timeout: the deadline of
+    every call that names none.
 
     Raises ValueError for a model folder or pool that does not fit, EngineError where the engine does not start.
     """
@@ -70,7 +69,6 @@ def start_engine(
         dtype=dtype or (facts.dtype if pool is None else pool.spec.dtype),
         device=default_device() if device == "auto" else device,
         pool=None if pool is None else pool.spec,
-        banned_ids=tuple(int(i) for i in banned_ids),
         threads=threads,
         options=dict(options or {}),
     )

@@ -54,8 +54,10 @@ class Sampling:
     """How to continue a prompt.
 
     temperature 0 is greedy; top_k 0 means all ids. A completion ends with the first of `stop_ids` or of the model's own
-    end-of-sequence ids (config.json, generation_config.json), or after `max_new_tokens`. n samples are drawn a prompt.
-    Each has a seed of its own: drawn from `seed`, or the one in `seeds`, which has an entry a completion.
+    end-of-sequence ids (config.json, generation_config.json), or after `max_new_tokens`. `banned_ids` are never
+    sampled: the ids that the head holds and the tokenizer does not. n samples are drawn a prompt. Each has a seed of
+    its own: drawn from `seed`, or the one in `seeds`, which has an entry a completion. SGLang heeds them only with its
+    argument `enable_deterministic_inference`; otherwise its `random_seed` and the order of requests decide.
     """
 
     max_new_tokens: int = 256
@@ -63,6 +65,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
     seed: int = 0
     n: int = 1
     seeds: tuple[int, ...] | None = None
@@ -90,7 +93,8 @@ class Completion:
     """One sampled continuation of R tokens.
 
     ids: the sampled ids, the stop id that ended it included. logprobs: of each of them under softmax(logits /
-    temperature) (greedy: softmax(logits)), before top-p and top-k. version: of the weights that wrote it.
+    temperature) (greedy: softmax(logits)), without the banned ids, before top-p and top-k. version: of the weights that
+    wrote it.
     """
 
     ids: Int32[np.ndarray, " R"]
@@ -117,8 +121,8 @@ class EngineSpec:
     """Everything a server needs to host an engine.
 
     model: a local HF folder. dtype: what the model computes in ("float32", "bfloat16"). device: "cpu" or "cuda".
-    banned_ids: ids that the head holds and the tokenizer does not, never sampled. threads: CPU threads, None for the
-    engine's own choice. options: passed to the engine as they are, over our defaults.
+    threads: CPU threads, None for the engine's own choice. options: passed to the engine as they are, over our
+    defaults.
     """
 
     kind: EngineKind
@@ -126,7 +130,6 @@ class EngineSpec:
     dtype: str
     device: str
     pool: PoolSpec | None = None
-    banned_ids: tuple[int, ...] = ()
     threads: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 

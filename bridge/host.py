@@ -72,6 +72,8 @@ class Host:
 
     def generate(self, prompts: Sequence[np.ndarray], sampling: Sampling) -> list[Completion]:
         self._check(prompts, room=sampling.max_new_tokens)
+        if sampling.banned_ids:
+            check_ids(np.array(sampling.banned_ids, np.int32), self._facts.vocab)
         completions = self._engine.generate(prompts, sampling, self._version)
         self._counts["generated_tokens"] += sum(len(completion.ids) for completion in completions)
         return completions

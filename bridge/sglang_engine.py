@@ -12,6 +12,7 @@ import numpy as np
 
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.errors import EngineError
+from bridge.hidden_pool import PoolSpec
 from bridge.leaving import child_failed
 from bridge.sglang_hook import request_id
 from bridge.sglang_weights import LOADER, described
@@ -55,7 +56,7 @@ class SGLangEngine:
             **DEFAULTS
             | (CPU_DEFAULTS if spec.device == "cpu" else CUDA_DEFAULTS)
             | {"model_path": spec.model, "dtype": spec.dtype, "device": spec.device}
-            | {"forward_hooks": _hooks(spec), "custom_weight_loader": [LOADER]}
+            | {"forward_hooks": _hooks(spec.pool), "custom_weight_loader": [LOADER]}
             | dict(spec.options)
         )
         self.max_tokens = int(self._engine.get_server_info()["max_req_input_len"]) - 1
@@ -90,6 +91,8 @@ class SGLangEngine:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             "stop_token_ids": list(sampling.stop_ids),
+            # Added by the sampler, behind the model's graph: a hook on the logits is not called where graphs replay.
+            "logit_bias": {str(i): float("-inf") for i in sampling.banned_ids} or None,
         }
         answers = self._request(
             [prompt for prompt in prompts for _ in range(sampling.n)],
@@ -152,14 +155,11 @@ def no_detokenizer(*_: object) -> None:
     """stands in for SGLang's detokenizer process: text is never asked for, and idling it holds 600 MB"""
 
 
-def _hooks(spec: EngineSpec) -> list[dict[str, Any]]:
-    hooks = []
-    if spec.pool is not None:
-        config = {"pool": asdict(spec.pool)}
-        hooks.append(("rows", ["model"], "bridge.sglang_hook:write_rows", config))
-    if spec.banned_ids:
-        hooks.append(("ids", ["logits_processor"], "bridge.sglang_hook:ban_ids", {"ids": list(spec.banned_ids)}))
-    return [dict(zip(("name", "target_modules", "hook_factory", "config"), hook, strict=True)) for hook in hooks]
+def _hooks(pool: PoolSpec | None) -> list[dict[str, Any]]:
+    if pool is None:
+        return []
+    factory, config = "bridge.sglang_hook:write_rows", {"pool": asdict(pool)}
+    return [{"name": "rows", "target_modules": ["model"], "hook_factory": factory, "config": config}]
 
 
 def _completion(answer: dict[str, Any], version: int) -> Completion:

@@ -84,14 +84,3 @@ def write_rows(config: dict[str, Any]) -> Callable[..., None] | None:
         rows.finish()
 
     return hook
-
-
-def ban_ids(config: dict[str, Any]) -> Callable[..., None]:
-    """SGLang's hook factory on the logits processor. config: `ids`, never to be sampled: the head's padding"""
-    ids = torch.tensor(config["ids"], dtype=torch.long)
-
-    def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if output.next_token_logits is not None:
-            output.next_token_logits.index_fill_(1, ids.to(output.next_token_logits.device), float("-inf"))
-
-    return hook

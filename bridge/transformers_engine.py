@@ -28,7 +28,6 @@ class TransformersEngine:
         )
         self._model.eval().requires_grad_(False).to(self._device)
         self._eos_ids = facts.eos_ids
-        self._banned = torch.tensor(spec.banned_ids, dtype=torch.long, device=self._device)
         self.max_tokens = int(self._model.config.get_text_config().max_position_embeddings)
         if spec.pool is not None:
             here = gpus()[torch.cuda.current_device()] if self._device.type == "cuda" else ""
@@ -89,12 +88,13 @@ class TransformersEngine:
     def _complete(self, prompt: np.ndarray, sampling: Sampling, seed: int, version: int) -> Completion:
         generator = torch.Generator(self._device).manual_seed(seed)
         ends = self._eos_ids | set(sampling.stop_ids)
+        banned = torch.tensor(sampling.banned_ids, dtype=torch.long, device=self._device)
         cache, step = DynamicCache(config=self._model.config), self._ids(prompt)
         ids: list[int] = []
         logprobs: list[float] = []
         while len(ids) < sampling.max_new_tokens and not (ids and ids[-1] in ends):
             logits = self._model(step, past_key_values=cache, use_cache=True).logits[0, -1].float()
-            logits[self._banned] = float("-inf")
+            logits[banned] = float("-inf")
             chosen, scaled = _sample(logits, sampling, generator)
             ids.append(chosen)
             logprobs.append(float(scaled.log_softmax(-1)[chosen]))

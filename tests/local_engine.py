@@ -15,14 +15,13 @@ class LocalEngine(RemoteEngine):
     ``deaths`` and ``hangs`` name calls that kill it or miss their deadline: each is struck off when it has happened.
     """
 
-    def __init__(self, model, *, kind, log, pool=None, dtype=None, banned_ids=(), options=None, **_):
+    def __init__(self, model, *, kind, log, pool=None, dtype=None, options=None, **_):
         spec = EngineSpec(
             kind="transformers",
             model=str(model),
             dtype=dtype or (read_facts(Path(model)).dtype if pool is None else pool.spec.dtype),
             device="cpu",
             pool=None if pool is None else pool.spec,
-            banned_ids=tuple(banned_ids),
             options=dict(options or {}),
         )
         self.calls, self.deaths, self.hangs, self.starts = [], [], [], 0

@@ -51,7 +51,6 @@ def started(folders, tmp_path_factory):
             kind=kind,
             log=tmp_path_factory.mktemp("logs") / f"{kind}.log",
             pool=HiddenPool.create(rows=POOL_ROWS, width=engine_models.WIDTH, dtype="float32"),
-            banned_ids=BANNED,
             threads=1,
             options=options,
             wait=False,
@@ -143,19 +142,35 @@ def test_score_is_the_log_softmax(engine, first):
 
 def test_greedy_equals_transformers(engine, first):
     prompts = random_prompts(np.random.default_rng(4), [1, 9, 40, 5])
-    completions = engine.generate(prompts, Sampling(max_new_tokens=12, temperature=0.0), timeout=60)
+    sampling = Sampling(max_new_tokens=12, temperature=0.0, banned_ids=BANNED)
+    completions = engine.generate(prompts, sampling, timeout=60)
     for ids, completion in zip(prompts, completions, strict=True):
         assert completion.ids.tolist() == first.greedy(ids, 12, {1}, BANNED)
-        whole = first.logprobs(np.concatenate([ids, completion.ids]))[len(ids) - 1 : -1]
-        whole[:, list(BANNED)] = -np.inf
-        whole -= np.logaddexp.reduce(whole, axis=1, keepdims=True)
-        expected = np.take_along_axis(whole, completion.ids[:, None].astype(np.int64), 1)[:, 0]
+        np.testing.assert_allclose(completion.logprobs, sampled(first, ids, completion), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.7, "top_k": 9}], ids=["all", "cut"])
+@pytest.mark.parametrize("temperature", [0.6, 2.5])
+def test_logprobs_are_those_at_the_sampling_temperature_before_any_cut(engine, first, temperature, cut):
+    prompts = random_prompts(np.random.default_rng(12), [3, 18])
+    sampling = Sampling(max_new_tokens=10, temperature=temperature, n=2, banned_ids=BANNED, **cut)
+    completions = engine.generate(prompts, sampling, timeout=60)
+    for ids, completion in zip([prompts[0], prompts[0], prompts[1], prompts[1]], completions, strict=True):
+        expected = sampled(first, ids, completion, temperature)
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4, rtol=0)
+
+
+def sampled(reference: Reference, ids, completion, temperature: float = 1.0) -> np.ndarray:
+    """the reference's log-probability of each sampled id, in float64"""
+    whole = reference.logprobs(np.concatenate([ids, completion.ids]))[len(ids) - 1 : -1] / temperature
+    whole[:, list(BANNED)] = -np.inf
+    whole -= np.logaddexp.reduce(whole, axis=1, keepdims=True)
+    return np.take_along_axis(whole, completion.ids[:, None].astype(np.int64), 1)[:, 0]
 
 
 def test_a_stop_id_ends_a_completion_and_belongs_to_it(engine, first):
     (ids,) = random_prompts(np.random.default_rng(5), [6])
-    free = first.greedy(ids, 8, set(), BANNED)
+    free = first.greedy(ids, 8, set())
     stop = free[3]
     (completion,) = engine.generate([ids], Sampling(max_new_tokens=8, temperature=0.0, stop_ids=(stop,)), timeout=60)
     assert completion.ids.tolist() == free[: free.index(stop) + 1]
@@ -166,17 +181,21 @@ def test_a_stop_id_ends_a_completion_and_belongs_to_it(engine, first):
 
 def test_samples_differ_and_banned_ids_never_come(engine):
     prompts = random_prompts(np.random.default_rng(6), [4, 4])
-    completions = engine.generate(prompts, Sampling(max_new_tokens=20, temperature=3.0, n=6), timeout=60)
+    banned = tuple(range(2, engine_models.VOCAB, 2))  # every other id, so that none of them comes by chance
+    sampling = Sampling(max_new_tokens=20, temperature=3.0, n=6, banned_ids=banned)
+    completions = engine.generate(prompts, sampling, timeout=60)
     assert len(completions) == 12
     assert len({tuple(completion.ids) for completion in completions}) == 12
-    assert not set(BANNED) & {int(i) for completion in completions for i in completion.ids}
+    assert not set(banned) & {int(i) for completion in completions for i in completion.ids}
+    with pytest.raises(ValueError, match="the model knows 0 to 383"):
+        engine.generate(prompts, Sampling(banned_ids=(engine_models.VOCAB,)), timeout=60)
 
 
 def test_top_k_one_is_greedy(engine, first):
     (ids,) = random_prompts(np.random.default_rng(7), [10])
     for sampling in (Sampling(max_new_tokens=5, top_k=1), Sampling(max_new_tokens=5, top_p=1e-6)):
         (completion,) = engine.generate([ids], sampling, timeout=60)
-        assert completion.ids.tolist() == first.greedy(ids, 5, {1}, BANNED)
+        assert completion.ids.tolist() == first.greedy(ids, 5, {1})
 
 
 def test_bad_prompts_are_refused_and_the_engine_lives_on(engine):
@@ -197,7 +216,7 @@ def test_new_weights_change_the_outputs_to_theirs(engine, first, second):
     sampling = Sampling(max_new_tokens=8, temperature=0.0)
     engine.update_weights(second.weights().items(), version=3, bucket_bytes=200_000, timeout=60)
     completions = engine.generate(prompts, sampling, timeout=60)
-    assert [c.ids.tolist() for c in completions] == [second.greedy(ids, 8, {1}, BANNED) for ids in prompts]
+    assert [c.ids.tolist() for c in completions] == [second.greedy(ids, 8, {1}) for ids in prompts]
     assert {c.version for c in completions} == {3} and engine.health().version == 3
     assert_rows(prefill_rows(engine, prompts, spans), second, prompts, spans)
     engine.update_weights(first.weights().items(), version=4, timeout=60)

@@ -29,7 +29,7 @@ class Scripted:
     def __init__(self, answer):
         self.answer, self.tokenizer = answer, load_tokenizer(TOKENIZER)
         self.asked, self.started, self.restarted, self.faults = [], 0, 0, []
-        self.spec, self.pid, self.log = None, 1, "engine.log"
+        self.spec, self.sampling, self.pid, self.log = None, None, 1, "engine.log"
 
     def start(self, model, **spec):
         self.started, self.spec = self.started + 1, SimpleNamespace(model=model, **spec)
@@ -42,6 +42,7 @@ class Scripted:
         self.restarted, self.pid = self.restarted + 1, 1
 
     def generate(self, prompts, sampling):
+        self.sampling = sampling
         if self.faults and (fault := self.faults.pop(0)):
             self.pid = None if fault == "dies" else 1
             raise EngineError(f"engine {fault}\nlog")
@@ -118,7 +119,7 @@ def test_rows_that_train(values, scripted):
     assert rows[5]["messages"] == [{"role": "user", "content": "2+1"}, {"role": "assistant", "content": "2+1 is 1"}]
     assert rows[5]["source"].endswith("rows.jsonl:3") and rows[5]["answer"] == "#### 3"
     assert rows[5]["tokens"] == len("2+1 is 1") + 1 and report["kept_tokens"] == 14 * 9
-    assert engine.spec.banned_ids == [102, 103] and engine.spec.call_timeout == 1800
+    assert engine.sampling.banned_ids == (102, 103) and engine.spec.call_timeout == 1800
     data = from_dict(
         values | {"data": {"train": [{"path": f"{values['output']}/generated.jsonl"}], "max_len": 32}}
     ).data

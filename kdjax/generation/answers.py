@@ -87,7 +87,7 @@ class Answers:
             raise UserError(f"{model}: no model in this folder (config.json is missing)")
         self.tokenizer = load_tokenizer(self.folder)
         self.prompts = Prompts(sources, config.data, self.tokenizer)
-        self._limit = _prompt_limit(config, self.folder)
+        self._limit, facts = _prompt_limit(config, self.folder), read_facts(self.folder)
         end = self.tokenizer.eos_token_id
         self.sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,
@@ -95,10 +95,11 @@ class Answers:
             top_p=settings.top_p,
             top_k=settings.top_k,
             stop_ids=() if end is None else (end,),
+            banned_ids=tuple(np.flatnonzero(~valid_ids(self.tokenizer, facts.vocab)).tolist()),
             seed=settings.seed,
             n=settings.samples,
         )
-        self._ends = read_facts(self.folder).eos_ids | set(self.sampling.stop_ids)
+        self._ends = facts.eos_ids | set(self.sampling.stop_ids)
         written_under = {
             "model": fingerprint(self.folder),
             "sampling": asdict(self.sampling),
@@ -193,7 +194,7 @@ class Answers:
         return prompt.teacher_ids if self._as_teacher and prompt.teacher_ids is not None else prompt.ids
 
     def _engine(self, log: Path) -> RemoteEngine:
-        """The engine that ``teacher`` describes, with this model in it; ids without a token are never sampled."""
+        """The engine that ``teacher`` describes, with this model in it."""
         teacher, device = self.config.teacher, default_device()
         dtype = ("float32" if device == "cpu" else "bfloat16") if teacher.dtype == "auto" else teacher.dtype
         return start_engine(
@@ -202,7 +203,6 @@ class Answers:
             log=log,
             dtype=dtype,
             device=device,
-            banned_ids=np.flatnonzero(~valid_ids(self.tokenizer, read_facts(self.folder).vocab)).tolist(),
             threads=teacher.threads,
             options=engine_options(self.config) if self._is_teacher else {},
             start_timeout=teacher.start_timeout,

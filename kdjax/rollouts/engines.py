@@ -49,7 +49,7 @@ class StudentEngines:
         stop_ids: Sequence[int] = (),
         shared: RemoteEngine | None = None,
     ) -> None:
-        rollout = config.rollout
+        rollout, self._banned = config.rollout, tuple(banned_ids)
         self._config, self._step, self._shared = rollout, step, shared
         self.dtype = config.student.dtype if rollout.dtype == "auto" else rollout.dtype
         if shared is not None:
@@ -70,7 +70,6 @@ class StudentEngines:
                         kind=rollout.engine,
                         log=folder / f"student{number}.log",
                         dtype=self.dtype,
-                        banned_ids=banned_ids,
                         threads=rollout.threads,
                         options=_engine_options(config, number),
                         start_timeout=rollout.start_timeout,
@@ -159,6 +158,7 @@ class StudentEngines:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop_ids=tuple(sorted(self.stop_ids)),
+            banned_ids=self._banned,
             seeds=tuple(seeds),
         )
 
