@@ -41,6 +41,8 @@ def start_engine(
     dtype: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    seed: int = 0,
+    mem_fraction: float | None = None,
     options: Mapping[str, Any] | None = None,
     start_timeout: float = 600.0,
     call_timeout: float = 600.0,
@@ -50,10 +52,9 @@ def start_engine(
 
     model: a HF folder or hub id. log: the file that takes all the engine prints. pool: where `prefill` puts rows, whose
     dtype the model then computes in; without a pool `dtype` says it, or config.json does. device: "cpu", "cuda", or
-    "auto" for CUDA where a GPU answers. threads: CPU threads of the engine's processes. options: passed to the engine
-    (SGLang's server arguments) over our defaults. wait: return when it is ready; with False return at once, and
-    `wait_ready`, or the first call, waits for what is left of `start_timeout` seconds. call_timeout: the deadline of
-    every call that names none.
+    "auto" for CUDA where a GPU answers. threads, seed, mem_fraction, options: as in `EngineSpec`. wait: return when it
+    is ready; with False return at once, and `wait_ready`, or the first call, waits for what is left of `start_timeout`
+    seconds. call_timeout: the deadline of every call that names none.
 
     Raises ValueError for a model folder or pool that does not fit, EngineError where the engine does not start.
     """
@@ -70,6 +71,8 @@ def start_engine(
         device=default_device() if device == "auto" else device,
         pool=None if pool is None else pool.spec,
         threads=threads,
+        seed=seed,
+        mem_fraction=mem_fraction,
         options=dict(options or {}),
     )
     engine = RemoteEngine(spec, pool, Path(log), start_timeout, call_timeout)

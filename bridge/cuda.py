@@ -9,7 +9,7 @@ import ctypes
 import functools
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from bridge.errors import EngineError
 
@@ -92,10 +92,18 @@ def gpus() -> list[str]:
 
 
 def memory(ordinal: int) -> tuple[int, int]:
-    """free and total bytes of a GPU, as the driver counts them: what frameworks hold in reserve is not free"""
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    with _on(ordinal):
-        _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    """free and total bytes of a GPU, as the driver counts them: what frameworks hold in reserve is not free
+
+    A context is needed to ask, a few hundred MB, and goes again unless this process has one there already.
+    """
+    free, total, device = ctypes.c_size_t(), ctypes.c_size_t(), _device(ordinal)
+    context = ctypes.c_void_p()
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    try:
+        with _current(context):
+            _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    finally:
+        _call("cuDevicePrimaryCtxRelease_v2", device)
     return free.value, total.value
 
 
@@ -119,10 +127,14 @@ def _call(name: str, *arguments: object) -> None:
         raise EngineError(f"the NVIDIA driver's {name} failed: {(text.value or b'?').decode()} ({status})")
 
 
-@contextmanager
-def _on(ordinal: int) -> Iterator[None]:
+def _on(ordinal: int) -> AbstractContextManager[None]:
     """the GPU's primary context, which frameworks in this process use too, made current for a moment"""
-    _call("cuCtxPushCurrent_v2", _context(ordinal))
+    return _current(_context(ordinal))
+
+
+@contextmanager
+def _current(context: ctypes.c_void_p) -> Iterator[None]:
+    _call("cuCtxPushCurrent_v2", context)
     try:
         yield
     finally:

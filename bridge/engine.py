@@ -121,8 +121,9 @@ class EngineSpec:
     """Everything a server needs to host an engine.
 
     model: a local HF folder. dtype: what the model computes in ("float32", "bfloat16"). device: "cpu" or "cuda".
-    threads: CPU threads, None for the engine's own choice. options: passed to the engine as they are, over our
-    defaults.
+    threads: CPU threads, None for the engine's own choice. seed: SGLang's generator starts from it. mem_fraction: share
+    of each GPU's whole memory that SGLang takes for weights and cache; None for its own choice. options: passed to the
+    engine as they are, over our defaults.
     """
 
     kind: EngineKind
@@ -131,6 +132,8 @@ class EngineSpec:
     device: str
     pool: PoolSpec | None = None
     threads: int | None = None
+    seed: int = 0
+    mem_fraction: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

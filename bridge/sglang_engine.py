@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.cuda import gpus, memory
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.errors import EngineError
 from bridge.hidden_pool import PoolSpec
@@ -30,7 +31,7 @@ DEFAULTS = {
     "custom_sigquit_handler": child_failed,
 }
 # A CPU has no free memory to profile, so the KV cache is given a size; none of SGLang's kernels are there.
-CPU_DEFAULTS = {"max_total_tokens": 32768, "max_running_requests": 64, "mem_fraction_static": 0.2}
+CPU_DEFAULTS = {"max_total_tokens": 32768, "max_running_requests": 64, "mem_fraction_static": 0.4}
 # Replayed graphs call no hooks.
 CUDA_DEFAULTS = {"disable_prefill_cuda_graph": True}
 
@@ -55,7 +56,8 @@ class SGLangEngine:
         self._engine = TokenEngine(
             **DEFAULTS
             | (CPU_DEFAULTS if spec.device == "cpu" else CUDA_DEFAULTS)
-            | {"model_path": spec.model, "dtype": spec.dtype, "device": spec.device}
+            | {"model_path": spec.model, "dtype": spec.dtype, "device": spec.device, "random_seed": spec.seed}
+            | (_memory(spec) if spec.device == "cuda" and spec.mem_fraction is not None else {})
             | {"forward_hooks": _hooks(spec.pool), "custom_weight_loader": [LOADER]}
             | dict(spec.options)
         )
@@ -153,6 +155,22 @@ class SGLangEngine:
 
 def no_detokenizer(*_: object) -> None:
     """stands in for SGLang's detokenizer process: text is never asked for, and idling it holds 600 MB"""
+
+
+def _memory(spec: EngineSpec) -> dict[str, float]:
+    """SGLang's argument for `spec.mem_fraction`: it counts weights and cache as a share of what is free as it starts"""
+    first = spec.options.get("base_gpu_id", 0)
+    count = spec.options.get("tp_size", 1) * spec.options.get("pp_size", 1)
+    if first >= len(gpus()):
+        raise EngineError(f"GPU {first} is to run the engine, and this process sees {len(gpus())}")
+    free, total, ordinal = min((*memory(i), i) for i in range(first, min(first + count, len(gpus()))))
+    wanted = spec.mem_fraction * total
+    if wanted >= free:
+        raise EngineError(
+            f"mem_fraction {spec.mem_fraction:g} is {wanted / 2**30:.1f} GiB of GPU {ordinal}, which has "
+            f"{free / 2**30:.1f} GiB free: lower it, or JAX's share (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        )
+    return {"mem_fraction_static": wanted / free}
 
 
 def _hooks(pool: PoolSpec | None) -> list[dict[str, Any]]:

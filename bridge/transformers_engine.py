@@ -74,6 +74,8 @@ class TransformersEngine:
     def sleep(self, tags: Sequence[str] | None) -> None:
         if tags is None or "weights" in tags:
             self._model.to("cpu")
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # else torch keeps the memory for itself
 
     def wake(self, tags: Sequence[str] | None) -> None:
         if tags is None or "weights" in tags:

@@ -23,7 +23,7 @@ from bridge.hidden_pool import HiddenPool
 
 POOL_ROWS = 512
 BANNED = (7, 200, 383)
-OPTIONS = {"sglang": {"chunked_prefill_size": 32, "max_total_tokens": 4096, "random_seed": 0}, "transformers": {}}
+OPTIONS = {"sglang": {"chunked_prefill_size": 32, "max_total_tokens": 4096}, "transformers": {}}
 
 
 @pytest.fixture(scope="session")

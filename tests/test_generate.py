@@ -4,6 +4,7 @@ import json
 import signal
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from data_tools import ROOT
@@ -129,6 +130,20 @@ def test_rows_that_train(values, scripted):
     tokenizer = load_tokenizer(TOKENIZER)
     assert tokenizer.decode(document.ids) == "<|user|>0+1<|end|><|assistant|>0+1 is 0<|end|>"
     assert tokenizer.decode(document.ids[document.loss]) == "0+1 is 0<|end|>"
+
+
+def test_neither_jax_nor_sleep_is_asked_for(values, scripted, monkeypatch):
+    def started(*_):
+        raise AssertionError("a backend of JAX is started")
+
+    monkeypatch.setattr(jax, "default_backend", started)
+    monkeypatch.setattr(jax, "devices", started)
+    monkeypatch.setattr(kdjax.generation.answers, "engine_device", lambda: "cuda")
+    engine = scripted(right)
+    go(values | {"colocate": True}, seed=5)
+    spec = engine.spec
+    assert (spec.device, spec.dtype, spec.seed, spec.mem_fraction) == ("cuda", "bfloat16", 5, 0.4)
+    assert "enable_memory_saver" not in spec.options and spec.options["tp_size"] == 1
 
 
 def test_filters_count_what_they_drop(values, scripted):

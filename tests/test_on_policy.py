@@ -229,9 +229,8 @@ def test_configurations_that_make_no_sense(on_policy_values, changes, message):
         from_dict(on_policy_values | changes)
 
 
-def test_each_engine_has_gpus_of_its_own(on_policy_values, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_each_engine_has_gpus_of_its_own(on_policy_values):
     for args, first in (({}, 0), ({"base_gpu_id": 4}, 4)):
         on_policy_values["rollout"] |= {"engine": "sglang", "engines": 2, "tp": 2, "args": args}
         config = from_dict(on_policy_values)
-        assert [_engine_options(config, number)["base_gpu_id"] for number in range(2)] == [first, first + 2]
+        assert [_engine_options(config, number, "cuda")["base_gpu_id"] for number in range(2)] == [first, first + 2]

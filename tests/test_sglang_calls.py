@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bridge.engine import Sampling
+import bridge.sglang_engine
+from bridge.engine import EngineSpec, Sampling
 from bridge.errors import EngineError
 from bridge.sglang_engine import SGLangEngine
 from bridge.sglang_weights import LOADER
@@ -87,6 +88,24 @@ def test_failures_that_come_back_as_values_are_raised(kind, call, message):
         engine.begin_weights()
         engine.load_weights(BUCKET, ENTRIES)
         engine.end_weights()
+
+
+def test_a_share_of_the_whole_memory_is_told_as_one_of_what_is_free(monkeypatch):
+    free = [80, 30, 40]
+    monkeypatch.setattr(bridge.sglang_engine, "gpus", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(bridge.sglang_engine, "memory", lambda ordinal: (free[ordinal] * 2**30, 80 * 2**30))
+
+    def told(share, **options):
+        spec = EngineSpec("sglang", "m", "bfloat16", "cuda", mem_fraction=share, options=options)
+        return bridge.sglang_engine._memory(spec)["mem_fraction_static"]
+
+    assert told(0.25) == 0.25
+    assert told(0.25, tp_size=2) == pytest.approx(20 / 30)  # by the GPU that has least
+    assert told(0.25, base_gpu_id=2, tp_size=2) == 0.5
+    with pytest.raises(EngineError, match="mem_fraction 0.4 is 32.0 GiB of GPU 1, which has 30.0 GiB free: lower it"):
+        told(0.4, base_gpu_id=1)
+    with pytest.raises(EngineError, match="GPU 3 is to run the engine, and this process sees 3"):
+        told(0.1, base_gpu_id=3)
 
 
 def test_a_sampling_in_sglangs_words():

@@ -24,7 +24,7 @@ class GenerateConfig:
     prompt_max_len: int | None = Field(None, ge=1)
     """Longer prompts are left out and counted; none: what the model's positions leave beside the answer."""
     seed: int = Field(0, ge=0)
-    """Decides the samples, where the engine repeats itself exactly."""
+    """Of sampling. It decides the answers of plain transformers; SGLang's also depend on what shares a batch."""
     batch_size: int = Field(256, ge=1)
     """Prompts that the engine has at a time; what is answered is saved after each such batch."""
     timeout: float = Field(1800.0, gt=0)

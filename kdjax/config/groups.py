@@ -65,7 +65,7 @@ class TeacherConfig:
     ep: int = Field(1, ge=1)
     """Expert-parallel size of a mixture-of-experts teacher."""
     mem_fraction: float = Field(0.4, gt=0, lt=1)
-    """Share of GPU memory that SGLang may take for weights and cache."""
+    """Share of each GPU's whole memory that SGLang takes for weights and cache."""
     quantization: str | None = None
     """SGLang quantization of the teacher's weights, as in `fp8`."""
     args: dict[str, Any] = Field(default_factory=dict)

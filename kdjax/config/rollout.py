@@ -56,7 +56,7 @@ class RolloutConfig:
     show_every: int | None = Field(50, ge=1)
     """Steps between responses that are shown, beside that of the first step; none shows none."""
     mem_fraction: float = Field(0.4, gt=0, lt=1)
-    """Share of GPU memory that SGLang may take for weights and cache."""
+    """Share of each GPU's whole memory that SGLang takes for weights and cache."""
     resident: tuple[Literal["weights", "kv_cache"], ...] = ()
     """With `colocate`: what stays on the devices while others have their turn."""
     args: dict[str, Any] = Field(default_factory=dict)

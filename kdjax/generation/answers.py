@@ -19,12 +19,13 @@ from jaxtyping import Int32
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bridge.checkpoint import read_facts
-from bridge.client import RemoteEngine, default_device, start_engine
+from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from kdjax.config import Config, SourceConfig
 from kdjax.data.formats import RowError
 from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
+from kdjax.engines import engine_device, engine_dtype
 from kdjax.errors import UserError
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
@@ -195,14 +196,15 @@ class Answers:
 
     def _engine(self, log: Path) -> RemoteEngine:
         """The engine that ``teacher`` describes, with this model in it."""
-        teacher, device = self.config.teacher, default_device()
-        dtype = ("float32" if device == "cpu" else "bfloat16") if teacher.dtype == "auto" else teacher.dtype
+        teacher, device = self.config.teacher, engine_device()
         return start_engine(
             self.folder,
             kind=teacher.engine,
             log=log,
-            dtype=dtype,
+            dtype=engine_dtype(teacher.dtype, device),
             device=device,
+            seed=self.sampling.seed,
+            mem_fraction=teacher.mem_fraction if self._is_teacher else None,
             threads=teacher.threads,
             options=engine_options(self.config) if self._is_teacher else {},
             start_timeout=teacher.start_timeout,

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int32
 
@@ -17,6 +16,7 @@ from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
+from kdjax.engines import engine_device, sleeping
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import EngineTensors
 from kdjax.training.revive import Revived
@@ -55,6 +55,7 @@ class StudentEngines:
         if shared is not None:
             self.dtype = shared.spec.dtype
         model = export_student(step.model, config, folder / "student", self.dtype)
+        device = engine_device()
         self.stop_ids = read_facts(model).eos_ids | {*rollout.stop_ids, *stop_ids}
         self.version = -1
         self.turns = Turns()
@@ -70,8 +71,11 @@ class StudentEngines:
                         kind=rollout.engine,
                         log=folder / f"student{number}.log",
                         dtype=self.dtype,
+                        device=device,
+                        seed=config.train.seed + number,
+                        mem_fraction=rollout.mem_fraction,
                         threads=rollout.threads,
-                        options=_engine_options(config, number),
+                        options=_engine_options(config, number, device),
                         start_timeout=rollout.start_timeout,
                         call_timeout=rollout.timeout,
                         wait=False,
@@ -198,20 +202,12 @@ def student_label(version: int) -> tuple[str, int]:
     return "student", version
 
 
-def _engine_options(config: Config, number: int) -> dict[str, Any]:
+def _engine_options(config: Config, number: int, device: str) -> dict[str, Any]:
     """SGLang's arguments of the engine of this number: each has ``rollout.tp`` GPUs of its own, one after the other."""
     rollout = config.rollout
     if rollout.engine != "sglang":
         return dict(rollout.args)
-    named = dict(tp_size=rollout.tp, mem_fraction_static=rollout.mem_fraction)
-    options = named | sleeping(config) | dict(rollout.args)
-    if jax.default_backend() != "cpu":
+    options = {"tp_size": rollout.tp} | sleeping(config, device) | dict(rollout.args)
+    if device == "cuda":
         options["base_gpu_id"] = options.get("base_gpu_id", 0) + number * rollout.tp
     return options
-
-
-def sleeping(config: Config) -> dict[str, Any]:
-    """SGLang's arguments for engines that sleep: what they give up of the GPU's memory waits on the host."""
-    if not config.colocate or jax.default_backend() == "cpu":
-        return {}
-    return {"enable_memory_saver": True, "enable_weights_cpu_backup": True}

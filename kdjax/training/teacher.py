@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ from bridge.engine import Prefill
 from bridge.hidden_pool import HiddenPool, Lease
 from kdjax.config import Config
 from kdjax.data import HostBatch
+from kdjax.engines import engine_device, engine_dtype, sleeping
 from kdjax.errors import UserError
 from kdjax.models import teacher_head
-from kdjax.rollouts.engines import sleeping
 from kdjax.sharding import BATCH_AXES, Rules, data_shards
 from kdjax.training.revive import Revived
 
@@ -45,9 +46,8 @@ class TeacherEngine:
 
     def __init__(self, config: Config, mesh: Mesh, *, slots: int, log: Path, tell: Callable[[str], None]) -> None:
         teacher, self.mesh, shards = config.teacher, mesh, data_shards(mesh)
-        dtype = teacher.dtype
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        device = engine_device()
+        dtype = engine_dtype(teacher.dtype, device)
         self.head, model = teacher_head(teacher.path, mesh=mesh, rules=Rules(), dtype=dtype)
         self.vocab_size, limit = model.vocab_size, model.max_position_embeddings
         if limit is not None and config.data.max_len > limit:
@@ -74,10 +74,13 @@ class TeacherEngine:
                     kind=teacher.engine,
                     pool=self.pool,
                     log=log,
+                    device=device,
+                    seed=config.train.seed,
+                    mem_fraction=teacher.mem_fraction,
                     threads=teacher.threads,
                     start_timeout=teacher.start_timeout,
                     call_timeout=teacher.timeout,
-                    options=engine_options(config),
+                    options=engine_options(config, sleeping(config, device)),
                     wait=False,
                 )
             except ValueError as error:
@@ -163,8 +166,8 @@ class TeacherEngine:
                 lease.release()
 
 
-def engine_options(config: Config) -> dict[str, Any]:
-    """SGLang's server arguments that have keys of their own, then the user's; plain transformers has none."""
+def engine_options(config: Config, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """SGLang's arguments that have keys of their own, ``more``, then the user's; plain transformers has only these."""
     teacher = config.teacher
     if teacher.engine != "sglang":
         return dict(teacher.args)
@@ -173,10 +176,9 @@ def engine_options(config: Config) -> dict[str, Any]:
         pp_size=teacher.pp,
         ep_size=teacher.ep,
         quantization=teacher.quantization,
-        mem_fraction_static=teacher.mem_fraction,
         trust_remote_code=teacher.trust_remote_code,
     )
-    return named | sleeping(config) | dict(teacher.args)
+    return named | dict(more) | dict(teacher.args)
 
 
 def _gpus_of_shards(mesh: Mesh, shards: int) -> list[list[int]]:
