@@ -20,15 +20,6 @@ class Facts:
     tensors: dict[str, tuple[int, ...]]
 
 
-def model_folder(model: str | Path) -> Path:
-    """the local folder of a model given as a folder or as a hub id, which is downloaded unless the cache has it"""
-    if Path(model).is_dir():
-        return Path(model).resolve()
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-
-
 def read_facts(folder: Path) -> Facts:
     """raises ValueError where config.json is missing or says too little"""
     config = _json(folder / "config.json")

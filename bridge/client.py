@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from bridge.checkpoint import model_folder, read_facts
+from bridge.checkpoint import read_facts
 from bridge.dlpack import ALIGNMENT
 from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, Sampling, check_ids
 from bridge.errors import EngineError
@@ -50,15 +50,15 @@ def start_engine(
 ) -> "RemoteEngine":
     """start an engine in a process of its own
 
-    model: a HF folder or hub id. log: the file that takes all the engine prints. pool: where `prefill` puts rows, whose
-    dtype the model then computes in; without a pool `dtype` says it, or config.json does. device: "cpu", "cuda", or
-    "auto" for CUDA where a GPU answers. threads, seed, mem_fraction, options: as in `EngineSpec`. wait: return when it
-    is ready; with False return at once, and `wait_ready`, or the first call, waits for what is left of `start_timeout`
-    seconds. call_timeout: the deadline of every call that names none.
+    model: a HF folder. log: the file that takes all the engine prints. pool: where `prefill` puts rows, whose dtype the
+    model then computes in; without a pool `dtype` says it, or config.json does. device: "cpu", "cuda", or "auto" for
+    CUDA where a GPU answers. threads, seed, mem_fraction, options: as in `EngineSpec`. wait: return when it is ready;
+    with False return at once, and `wait_ready`, or the first call, waits for what is left of `start_timeout` seconds.
+    call_timeout: the deadline of every call that names none.
 
     Raises ValueError for a model folder or pool that does not fit, EngineError where the engine does not start.
     """
-    folder = model_folder(model)
+    folder = Path(model).resolve()
     facts = read_facts(folder)
     if pool is not None and pool.spec.width != facts.width:
         raise ValueError(f"{model} has hidden rows of {facts.width} numbers, the pool's have {pool.spec.width}")

@@ -94,8 +94,14 @@ def test_no_tokenizer_there(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+    with pytest.raises(UserError, match="the hub does not give it"):
         load_tokenizer("nobody/has-this-model")
+
+
+def test_a_tokenizer_in_the_home_folder(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(root / "examples" / "tokenizer")
+    assert load_tokenizer("~/mine").get_vocab() == load_tokenizer(root / "examples" / "tokenizer").get_vocab()
 
 
 def test_the_committed_script_makes_the_committed_tokenizer(root, tmp_path):

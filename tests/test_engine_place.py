@@ -1,13 +1,18 @@
-"""Do engines run where JAX is told to, and compute in what goes with it, by one rule for every command?"""
+"""Do engines run where JAX is told to, compute in what goes with it, and never sample padding, whoever started them?"""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import kdjax.engines
 from kdjax.config import from_dict
 from kdjax.engines import engine_device, engine_dtype, sleeping
+from kdjax.rollouts.engines import StudentEngines, student_label
 from kdjax.training.teacher import engine_options
+
+DATA = {"train": [{"path": "rows.jsonl"}]}
 
 
 @pytest.mark.parametrize("driver", ["cpu", "cuda"])
@@ -25,10 +30,23 @@ def test_auto_goes_with_the_device():
 
 @pytest.mark.parametrize(("colocate", "device"), [(True, "cuda"), (True, "cpu"), (False, "cuda")])
 def test_only_engines_that_share_a_gpu_sleep(colocate, device):
-    values = {"teacher": {"path": "t"}, "student": {"path": "s"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    values = {"teacher": {"path": "t"}, "student": {"path": "s"}, "data": DATA}
     config = from_dict(values | {"colocate": colocate})
     asked = sleeping(config, device)
     assert bool(asked) == (colocate and device == "cuda")
     assert engine_options(config, asked).items() >= asked.items()
     plain = from_dict(values | {"teacher": {"path": "t", "engine": "transformers"}})
     assert engine_options(plain, asked) == {}
+
+
+def test_a_teachers_engine_that_also_writes_never_samples_the_students_padding(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "vocab_size": 10}))
+    monkeypatch.setattr("kdjax.rollouts.engines.export_student", lambda *_: tmp_path)
+    values = {"teacher": {"path": "t", "update_every": 1}, "student": {"path": "t"}, "data": DATA}
+    config = from_dict(values | {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": {"engines": 0}})
+    asked = []
+    shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(-1))
+    shared.generate = lambda prompts, sampling: asked.append(sampling) or []
+    engines = StudentEngines(config, SimpleNamespace(model=None), tmp_path, banned_ids=[7, 9], shared=shared)
+    engines.generate([np.array([1], np.int32)], [3])
+    assert asked[0].banned_ids == (7, 9) and asked[0].seeds == (3,)

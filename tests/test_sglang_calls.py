@@ -19,8 +19,8 @@ ENTRIES = [Entry("a", "float32", (4,), 0)]
 class Old:
     """SGLang 0.5.17: no sessions around weight updates. Idle at the second time of asking."""
 
-    def __init__(self, failing=()):
-        self.calls, self.failing, self.idle = [], set(failing), False
+    def __init__(self):
+        self.calls, self.idle = [], False
 
     def update_weights_from_tensor(self, named, *, load_format, flush_cache):
         assert load_format == LOADER and not flush_cache and len(named) == 1
@@ -33,7 +33,7 @@ class Old:
 
     def done(self, call):
         self.calls.append(call)
-        return (call not in self.failing, f"no {call}")
+        return (True, "")
 
 
 class New(Old):
@@ -72,22 +72,6 @@ def test_an_update_after_one_that_broke_off_ends_its_session_first():
     engine.load_weights(BUCKET, ENTRIES)
     engine.begin_weights()
     assert engine._engine.calls == ["begin", "update", "end", "flush", "flush", "begin"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "call", "message"),
-    [
-        (Old, "update", r"update_weights_from_tensor \(a, … 1 tensors\) failed: no update"),
-        (New, "begin", "begin_weight_update failed: no begin"),
-        (New, "end", "end_weight_update failed: no end"),
-    ],
-)
-def test_failures_that_come_back_as_values_are_raised(kind, call, message):
-    engine = hosted(kind([call]))
-    with pytest.raises(EngineError, match=message):
-        engine.begin_weights()
-        engine.load_weights(BUCKET, ENTRIES)
-        engine.end_weights()
 
 
 def test_a_share_of_the_whole_memory_is_told_as_one_of_what_is_free(monkeypatch):

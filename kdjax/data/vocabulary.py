@@ -12,17 +12,18 @@ import numpy as np
 from jaxtyping import Bool
 
 from kdjax.errors import UserError, first_line
+from kdjax.folders import resolve
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """A fast tokenizer from a Hugging Face folder or hub id. Raises UserError when there is none."""
     from transformers import AutoTokenizer  # transformers imports torch where it is installed: only when needed
 
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    folder = resolve(path, weights=False)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"{path}: no tokenizer in this folder (tokenizer.json is missing)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: no tokenizer could be loaded; name a folder with tokenizer.json or a hub id ({first_line(error)})"

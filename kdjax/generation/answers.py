@@ -27,9 +27,9 @@ from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
 from kdjax.engines import engine_device, engine_dtype
 from kdjax.errors import UserError
+from kdjax.folders import resolve
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
-from kdjax.models import resolve
 from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.progress import Display
 from kdjax.training.revive import Revived

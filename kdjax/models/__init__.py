@@ -1,6 +1,5 @@
 """Student decoders read off a Hugging Face ``config.json``: loading, random weights, export, the weight table."""
 
-from kdjax.models.checkpoint import resolve
 from kdjax.models.config import FAMILIES, ModelConfig, Rope
 from kdjax.models.decoder import REMAT, Compute, Decoder
 from kdjax.models.export import ABOUT, export_hf, recover_exports
@@ -24,7 +23,6 @@ __all__ = [
     "load_model",
     "param_shardings",
     "recover_exports",
-    "resolve",
     "set_from_hf",
     "state_shardings",
     "teacher_head",

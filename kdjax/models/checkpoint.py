@@ -1,8 +1,7 @@
-"""A Hugging Face model folder: where it is, which tensors it holds, and any slice of any of them."""
+"""A Hugging Face model folder: which tensors it holds, and any slice of any of them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,36 +10,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from kdjax.errors import UserError, first_line
+from kdjax.errors import UserError
 from kdjax.models.config import ModelConfig, read_json
 from kdjax.models.weights import IGNORABLE, Weight, check_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FILE_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
-    """The local folder of a model: a folder as it is, a hub id through huggingface_hub's cache.
-
-    ``weights=False`` fetches configuration and tokenizer only. Raises UserError where neither exists.
-    """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path_or_id)
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(f"model: {name} is neither a folder nor a hub id (owner/name)")
-    patterns = _PATTERNS if weights else _PATTERNS[1:]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model: no folder {name}, and the hub does not give it: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

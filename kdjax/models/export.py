@@ -16,7 +16,8 @@ from flax import nnx
 
 from kdjax.disk import free_bytes, size_text, why_full
 from kdjax.errors import UserError
-from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, resolve
+from kdjax.folders import resolve
+from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE
 from kdjax.models.config import read_json
 from kdjax.models.weights import hf_tensors, weight_table
 

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from kdjax.errors import UserError
-from kdjax.models.checkpoint import Checkpoint, open_checkpoint, resolve
+from kdjax.folders import resolve
+from kdjax.models.checkpoint import Checkpoint, open_checkpoint
 from kdjax.models.config import ModelConfig
 from kdjax.models.decoder import Compute, Decoder
 from kdjax.models.weights import Weight, param_shardings, state_shardings, weight_table

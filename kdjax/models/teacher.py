@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from kdjax.errors import UserError
+from kdjax.folders import resolve
 from kdjax.losses import Head
-from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, resolve
+from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE
 from kdjax.models.config import read_json
 from kdjax.sharding import Rules
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.models import ModelConfig, export_hf, load_model, resolve
+from kdjax.folders import resolve
+from kdjax.models import ModelConfig, export_hf, load_model
 from kdjax.sharding import Rules
 
 

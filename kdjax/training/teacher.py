@@ -22,6 +22,7 @@ from kdjax.config import Config
 from kdjax.data import HostBatch
 from kdjax.engines import engine_device, engine_dtype, sleeping
 from kdjax.errors import UserError
+from kdjax.folders import resolve
 from kdjax.models import teacher_head
 from kdjax.sharding import BATCH_AXES, Rules, data_shards
 from kdjax.training.revive import Revived
@@ -46,9 +47,9 @@ class TeacherEngine:
 
     def __init__(self, config: Config, mesh: Mesh, *, slots: int, log: Path, tell: Callable[[str], None]) -> None:
         teacher, self.mesh, shards = config.teacher, mesh, data_shards(mesh)
-        device = engine_device()
+        folder, device = resolve(teacher.path), engine_device()
         dtype = engine_dtype(teacher.dtype, device)
-        self.head, model = teacher_head(teacher.path, mesh=mesh, rules=Rules(), dtype=dtype)
+        self.head, model = teacher_head(folder, mesh=mesh, rules=Rules(), dtype=dtype)
         self.vocab_size, limit = model.vocab_size, model.max_position_embeddings
         if limit is not None and config.data.max_len > limit:
             raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
@@ -70,7 +71,7 @@ class TeacherEngine:
             opened.callback(self.pool.close)
             try:
                 self.remote = start_engine(
-                    teacher.path,
+                    folder,
                     kind=teacher.engine,
                     pool=self.pool,
                     log=log,
