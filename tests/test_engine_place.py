@@ -45,7 +45,7 @@ def test_a_teachers_engine_that_also_writes_never_samples_the_students_padding(m
     values = {"teacher": {"path": "t", "update_every": 1}, "student": {"path": "t"}, "data": DATA}
     config = from_dict(values | {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": {"engines": 0}})
     asked = []
-    shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(-1))
+    shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(-1), pid=1)
     shared.generate = lambda prompts, sampling: asked.append(sampling) or []
     engines = StudentEngines(config, SimpleNamespace(model=None), tmp_path, banned_ids=[7, 9], shared=shared)
     engines.generate([np.array([1], np.int32)], [3])
