@@ -21,9 +21,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
-    """XLA's usual optimizations for a module whose tests are about what they make of the program."""
+    """XLA's usual optimizations, for tests that are about what they make of the program."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield

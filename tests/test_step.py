@@ -10,8 +10,6 @@ from step_tools import SHAPE, S, config, documents, host_batch, make, parameters
 from kdjax.models import load_model
 from kdjax.training.sources import to_device
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 def close(a, b, tolerance):
     """‖a − b‖ ≤ tolerance · ‖a‖ for every parameter. Not entry by entry: where a gradient is nearly zero, Adam makes a
@@ -54,6 +52,7 @@ def test_accumulating_four_equals_one():
     close(parameters(one), parameters(four), 1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)], ids=["data", "fsdp", "tensor", "mixed"])
 def test_eight_devices_equal_one(sizes):
     devices = int(np.prod(sizes))
@@ -79,6 +78,7 @@ def test_weights_move_only_where_they_should():
     assert np.array_equal(np.asarray(step.model.embed.weight[...]), after["['student']['embed']['weight'].value"])
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_state_is_written_over_and_nothing_waits_for_the_host():
     """Every array of the state has its input's memory, and a step neither fetches nor sends a number on its way."""
     step = make()
