@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from kdjax.errors import UserError
 from kdjax.models import hf_tensors, load_model
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)
 
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hosted import hosted
 
 import bridge.sglang_engine
 from bridge.engine import EngineSpec, Sampling
 from bridge.errors import EngineError
-from bridge.sglang_engine import SGLangEngine
 from bridge.sglang_weights import LOADER
 from bridge.weight_sync import BucketSpec, Entry
 
@@ -44,13 +44,6 @@ class New(Old):
 
     def end_weight_update(self):
         return (*self.done("end"), {})
-
-
-def hosted(engine):
-    """a SGLangEngine around it, nothing started"""
-    made = object.__new__(SGLangEngine)
-    made._engine, made._calls, made._updating = engine, 0, False
-    return made
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hosted import hosted
 
 import bridge.sglang_engine
 from bridge.engine import Prefill, Sampling
 from bridge.errors import EngineError
-from bridge.sglang_engine import SGLangEngine
 from bridge.weight_sync import BucketSpec, Entry
 
 PROMPTS = [np.array([5, 6, 7], np.int32)] * 2
 MESSAGE = "the input is longer than the model's context"
-
-
-def engine_over(fake):
-    engine = SGLangEngine.__new__(SGLangEngine)
-    engine._engine, engine._calls, engine._updating = fake, 0, False
-    return engine
 
 
 @pytest.mark.parametrize(
@@ -39,7 +33,7 @@ def test_an_aborted_request(method, arguments, reason, said):
         return [{"meta_info": {"finish_reason": each}} for each in ({"type": "length"}, reason)]
 
     with pytest.raises(EngineError) as caught:
-        getattr(engine_over(SimpleNamespace(generate=generate)), method)(*arguments)
+        getattr(hosted(SimpleNamespace(generate=generate)), method)(*arguments)
     assert str(caught.value) == f"SGLang gave up prompt 1: {said}"
 
 
@@ -53,7 +47,7 @@ def test_weights_that_are_refused(more):
         flush_cache=lambda: SimpleNamespace(success=True),
     )
     bucket = BucketSpec(64), [Entry(f"layers.{i}.weight", "float32", (1,), 4 * i) for i in range(5)]
-    engine = engine_over(fake)
+    engine = hosted(fake)
     engine.begin_weights(), engine.load_weights(*bucket), engine.end_weights()
 
     refused = (False, "shape mismatch", *more)
@@ -72,10 +66,10 @@ def test_weights_that_are_refused(more):
 
 def test_a_scheduler_that_does_not_become_idle(monkeypatch):
     answers = [False, False, True]
-    engine = engine_over(SimpleNamespace(flush_cache=lambda: SimpleNamespace(success=answers.pop(0))))
+    engine = hosted(SimpleNamespace(flush_cache=lambda: SimpleNamespace(success=answers.pop(0))))
     engine.end_weights()
     assert not answers
     monkeypatch.setattr(bridge.sglang_engine, "IDLE_SECONDS", 0.05)
-    engine = engine_over(SimpleNamespace(flush_cache=lambda: SimpleNamespace(success=False)))
+    engine = hosted(SimpleNamespace(flush_cache=lambda: SimpleNamespace(success=False)))
     with pytest.raises(EngineError, match=r"SGLang's scheduler did not become idle within 0\.05 s"):
         engine.sleep(None)
