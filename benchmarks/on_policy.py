@@ -5,26 +5,25 @@
 
 One student, distilled off-policy for ``WARM_STEPS``, is where every run starts. Each method then takes as many steps
 with as many responses a step, so that all train on nearly the same number of tokens, which is recorded. The learning
-rate of each is the best of the same ``RATES`` on held-out rows and a seed that are used for nothing else.
+rate of each is the best of the same ``RATES`` on held-out rows and a seed that are used for nothing else. Stopped, it
+goes on where it was, and a run whose configuration has changed since is made anew; ``--fresh`` starts anew with all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.record import machine, record, write_between
+from benchmarks.record import ROOT, machine, record, write_between
+from benchmarks.runs import made_at, trained
 from kdjax.config import load_config
 from kdjax.generation.tasks import evaluate_task
 from kdjax.training.progress import Display
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "arithmetic.yaml"
 RUNS = ROOT / "runs" / "benchmark" / "on_policy"
 RESULT = ROOT / "benchmarks" / "results" / "on_policy.json"
@@ -55,20 +54,10 @@ NAMES = {
 
 def train(out: Path, *overrides: str) -> dict[str, float]:
     """Run the configuration; returns the tokens it trained on and the seconds its steps took."""
-    command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), f"output={out}", "overwrite=true"]
-    command += [
-        "log.every=1",
-        "log.report=false",
-        "log.tensorboard=false",
-        "checkpoint.check_export=false",
-        "train.eval_every=null",
-        "train.eval_rows=1",
-    ]
-    command += ["teacher.engine=transformers", *overrides]  # of a teacher this small the quicker to start
-    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".cache" / "jax"))
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=environment)
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if "loss_tokens" in r]
+    quick = ["log.every=1", "log.report=false", "log.tensorboard=false", "checkpoint.check_export=false"]
+    quick += ["train.eval_every=null", "train.eval_rows=1"]
+    quick += ["teacher.engine=transformers"]  # of a teacher this small the quicker to start
+    steps = [r for r in trained(out, CONFIG, *quick, *overrides) if "loss_tokens" in r]
     return {"tokens": sum(r["loss_tokens"] for r in steps), "seconds": sum(r["seconds/step"] for r in steps)}
 
 
@@ -79,12 +68,12 @@ def exact_match(model: Path | str, rows: str, out: Path) -> float:
     return evaluate_task(config, model, "gsm8k", display=Display(quiet=True))["accuracy"]
 
 
-def run(method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str, Any]:
-    """One method from the common student on; returns its exact match, tokens and seconds."""
+def run(warm: Path, method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str, Any]:
+    """One method from the common student in ``warm`` on; returns its exact match, tokens and seconds."""
     out = RUNS / f"{method}-{rate:g}-{seed}"
     shape = [f"train.batch_size={RESPONSES}", f"rollout.prompts={RESPONSES}", "data.packing=false"]
     shape += ["rollout.max_new_tokens=96", "rollout.threads=1"]
-    start = [f"student.path={RUNS / 'warm' / 'export'}", "student.init=pretrained", "student.config={}"]
+    start = [f"student.path={warm / 'export'}", "student.init=pretrained", "student.config={}"]
     schedule = [f"train.steps={steps}", f"train.learning_rate={rate}", f"train.min_lr={rate / 10}"]
     result = train(out, *shape, *start, *schedule, f"train.seed={seed}", *METHODS[method])
     result |= {"seed": seed, "rate": rate, "exact_match": exact_match(out / "export", rows, out)}
@@ -93,17 +82,18 @@ def run(method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str,
 
 
 def measure(seeds: list[int], warm: int, steps: int, rates: list[float], methods: list[str]) -> dict[str, Any]:
-    train(RUNS / "warm", f"train.steps={warm}", "train.seed=0")
+    common = RUNS / f"warm-{warm}"  # its name is part of every run's configuration
+    train(common, f"train.steps={warm}", "train.seed=0")
     found: dict[str, Any] = {"seeds": seeds, "warm_steps": warm, "steps": steps, "responses_a_step": RESPONSES}
     found["teacher"] = exact_match(load_config(CONFIG).teacher.path, TEST_ROWS, RUNS / "teacher")
-    found["start"] = exact_match(RUNS / "warm" / "export", TEST_ROWS, RUNS / "warm")
+    found["start"] = exact_match(common / "export", TEST_ROWS, common)
     print(f"teacher {found['teacher']:.3f}, common student {found['start']:.3f}", flush=True)
-    found["tuning"] = {m: [run(m, rate, TUNING_SEED, steps, TUNING_ROWS) for rate in rates] for m in methods}
+    found["tuning"] = {m: [run(common, m, rate, TUNING_SEED, steps, TUNING_ROWS) for rate in rates] for m in methods}
     found["runs"] = {}
     for method, tried in found["tuning"].items():
         best = max(tried, key=lambda result: result["exact_match"])["rate"]
-        found["runs"][method] = [run(method, best, seed, steps, TEST_ROWS) for seed in seeds]
-    return found
+        found["runs"][method] = [run(common, method, best, seed, steps, TEST_ROWS) for seed in seeds]
+    return {"commit": made_at(RUNS)} | found
 
 
 def table(result: dict[str, Any]) -> str:
@@ -143,7 +133,10 @@ def main() -> None:
     parser.add_argument(
         "--only-table", action="store_true", help="measure nothing, write the table of docs/generation.md"
     )
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier call has left")
     given = parser.parse_args()
+    if given.fresh:
+        shutil.rmtree(RUNS, ignore_errors=True)
     if given.only_table:
         write_between(PAGE, MARK, table(json.loads(RESULT.read_text())))
         return

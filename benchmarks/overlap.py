@@ -44,8 +44,8 @@ OVERRIDES = (
 def run(lookahead: int, steps: int, *more: str) -> dict[str, float]:
     """Median seconds a step of a pinned run, by what they went into."""
     out = OUT / f"lookahead-{lookahead}"
-    command = [sys.executable, "-m", "kdjax.train", "--config", str(quickstart.CONFIG)]
-    command += quickstart.overrides(out, 0, steps, *OVERRIDES, f"teacher.lookahead={lookahead}", *more)
+    command = [sys.executable, "-m", "kdjax.train", "--config", str(quickstart.CONFIG), f"output={out}"]
+    command += quickstart.overrides(0, steps, *OVERRIDES, f"teacher.lookahead={lookahead}", *more)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {TRAINER})  # children begin where their parent is
     try:
@@ -100,7 +100,7 @@ def measure(rounds: int = ROUNDS, steps: int = STEPS, *more: str) -> dict[str, A
         seconds["student"].append(turns["step"] - turns["teacher"])
         seconds["overlapped"].append(overlapped["step"])
         print(f"{number}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items()), flush=True)
-    config = load_config(quickstart.CONFIG, quickstart.overrides(OUT, 0, steps, *OVERRIDES, *more))
+    config = load_config(quickstart.CONFIG, [f"output={OUT}", *quickstart.overrides(0, steps, *OVERRIDES, *more)])
     longer = [max(pair) for pair in zip(seconds["teacher"], seconds["student"], strict=True)]
     return {
         "shapes": {

@@ -15,66 +15,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import yaml
 
-from benchmarks.record import commit, record, write_between
-from kdjax.config import load_config, to_dict
-from kdjax.errors import UserError
+from benchmarks.record import ROOT, record, write_between
+from benchmarks.runs import made_at, trained
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 RUNS = ROOT / "runs" / "benchmark" / "quickstart"
 RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 README = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
-COMMIT = "commit"  # of a run's folder: the file that says which one made it
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
-UNREAD = ("output", "overwrite", "rollout", "generate")
 LONG = 2
 TIMED_STEPS, TIMED_RUNS, WINDOW = 60, 3, 5
 
 
-def overrides(out: Path, seed: int, steps: int, *more: str) -> list[str]:
+def overrides(seed: int, steps: int, *more: str) -> list[str]:
     """What a run changes in the quickstart's configuration."""
     quick = ["checkpoint.check_export=false", "log.samples=0", "log.report=false"]
-    return [f"output={out}", f"train.seed={seed}", f"train.steps={steps}", *quick, *more]
+    return [f"train.seed={seed}", f"train.steps={steps}", *quick, *more]
 
 
 def run(name: str, seed: int, steps: int, *more: str) -> list[dict[str, Any]]:
-    """Train, unless that is done with the same configuration, and return the run's metrics."""
-    out = RUNS / f"{name}-{seed}"
-    asked = overrides(out, seed, steps, *more)
-    same = is_run_of(out, asked)
-    if not (same and (out / "result.json").exists()):
-        fresh = [] if same else ["overwrite=true"]
-        command = [sys.executable, "-m", "kdjax.train", "--config", str(CONFIG), *asked, *fresh]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        (out / COMMIT).write_text(commit())
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def is_run_of(out: Path, asked: list[str]) -> bool:
-    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now.
-
-    A key that is younger than the run counts with its default; of what a run without rollouts never reads, none does.
-    """
-    try:
-        saved, now = load_config(out / "config.yaml"), load_config(CONFIG, asked)
-    except UserError:  # nothing there, or a configuration of another version
-        return False
-    return all(getattr(saved, name) == getattr(now, name) for name in to_dict(now) if name not in UNREAD)
-
-
-def made_at() -> str:
-    """The commits that the finished runs were made at; "unknown" stands for runs that do not say."""
-    notes = [folder.parent / COMMIT for folder in RUNS.glob("*/result.json")]
-    return ", ".join(sorted({note.read_text() if note.exists() else "unknown" for note in notes}))
+    """The metrics of one run of the quickstart's configuration."""
+    return trained(RUNS / f"{name}-{seed}", CONFIG, *overrides(seed, steps, *more))
 
 
 def step_seconds() -> dict[str, list[float]]:
@@ -119,7 +86,7 @@ def measure(seeds: list[int]) -> dict[str, Any]:
     for seed in seeds:
         runs["kd_long"].append(held_out("kd_long", seed, LONG * steps, often))
         runs["sft_long"].append(held_out("sft_long", seed, LONG * steps, often, *SFT))
-    return {"commit": made_at(), "seeds": seeds, "step_seconds": timed, "runs": runs}
+    return {"commit": made_at(RUNS), "seeds": seeds, "step_seconds": timed, "runs": runs}
 
 
 def table(result: dict[str, Any]) -> str:

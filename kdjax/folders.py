@@ -10,14 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from kdjax.errors import UserError, first_line
 
-_PATTERNS = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.py",
-]  # code is run with trust_remote_code only
+# Python files are fetched for models that bring their own code; it runs with trust_remote_code only.
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

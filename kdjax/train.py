@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from bridge.errors import EngineError
 from kdjax.config import Config, load_config, reference, to_yaml
@@ -40,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> Config | None:
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; what a person can mend becomes one line on standard error and exit code 2."""
     try:
-        with quiet():
+        with quiet(), _sigterm_as_ctrl_c():
             command()
     except (UserError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,6 +57,19 @@ def guarded(command: Callable[[], None]) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Where a command does not say otherwise, SIGTERM unwinds it as a Ctrl-C does, so that its engines end with it."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be caught
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

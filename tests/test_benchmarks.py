@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import divergences, fused_loss, growth, overlap, quickstart, table, timing, transport, trl_gkd
+from benchmarks import divergences, fused_loss, growth, overlap, quickstart, runs, table, timing, transport, trl_gkd
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.lines import GPU, LINES
 from benchmarks.naive import DIVERGENCES, JAX, torch_library
@@ -22,12 +22,12 @@ from kdjax.training.folder import RunFolder
 
 def test_benchmarks_ask_for_configurations_that_hold(tmp_path):
     for more in ((), quickstart.SFT, overlap.OVERRIDES):
-        assert load_config(quickstart.CONFIG, quickstart.overrides(tmp_path, 1, 7, *more)).train.steps == 7
+        assert load_config(quickstart.CONFIG, quickstart.overrides(1, 7, *more)).train.steps == 7
     assert load_config(quickstart.CONFIG, trl_gkd.overrides(tmp_path, 7)).distill.kd_ratio == 1.0
 
 
 def test_a_second_round_of_overlap_starts_anew(tmp_path):
-    config = load_config(quickstart.CONFIG, quickstart.overrides(tmp_path, 0, 7, *overlap.OVERRIDES))
+    config = load_config(quickstart.CONFIG, [f"output={tmp_path}", *quickstart.overrides(0, 7, *overlap.OVERRIDES)])
     for _ in range(2):  # a finished run in the folder would be refused
         with RunFolder(config) as folder:
             folder.keep()
@@ -48,10 +48,10 @@ def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, m
             folder.finish({})
 
     monkeypatch.setattr(quickstart, "RUNS", tmp_path)
-    monkeypatch.setattr(quickstart.subprocess, "run", train)
-    monkeypatch.setattr(quickstart, "commit", lambda: "abc")
+    monkeypatch.setattr(runs.subprocess, "run", train)
+    monkeypatch.setattr(runs, "commit", lambda: "abc")
     assert quickstart.run("kd", 0, 7) == quickstart.run("kd", 0, 7) == [{"steps": 7}]
-    assert quickstart.made_at() == "abc" and asked == [True]
+    assert runs.made_at(tmp_path) == "abc" and asked == [True]
     assert quickstart.run("kd", 0, 8) == [{"steps": 8}]
     quickstart.run("kd", 0, 8, *quickstart.SFT)
     assert asked == [True] * 3
@@ -66,7 +66,7 @@ def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, m
     quickstart.run("kd", 0, 8, *quickstart.SFT)
     assert len(asked) == 4
     (tmp_path / "kd-0" / "commit").unlink()
-    assert quickstart.made_at() == "unknown"
+    assert runs.made_at(tmp_path) == "unknown"
 
 
 def test_programs_take_turns_and_a_round_lasts_as_long_as_asked():

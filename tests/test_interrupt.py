@@ -27,6 +27,7 @@ from run_tools import (
     write_config,
 )
 
+from kdjax import evaluate
 from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.rollouts.overlap import Waits
@@ -157,6 +158,15 @@ def test_a_signal_in_start_up_leaves_nothing(run_values, tmp_path, temporary, de
     with pytest.raises(UserError, match="^SIGTERM: nothing new to save; run the same command again$"):
         go(run_values)
     assert set(contents(tmp_path / "run")) == {"engine.log"}
+    wait_until(lambda: not traces(os.getpid(), temporary), 10)
+
+
+def test_sigterm_ends_an_evaluation_and_its_engine(run_values, tmp_path, temporary, devices_as_asked, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Stream, "wait_ready", strike)
+    model = run_values["student"]["path"]
+    assert evaluate.main(["--config", str(write_config(tmp_path, run_values)), "--model", model]) == 130
+    assert signal.getsignal(signal.SIGTERM) is handler
     wait_until(lambda: not traces(os.getpid(), temporary), 10)
 
 

@@ -216,11 +216,13 @@ class Stream:
         """Bring the engines that follow the student up to date; returns the seconds it took."""
         if self.config.colocate:
             self.turns.enter("train")
-        start, seconds = time.perf_counter(), {}
+        start = time.perf_counter()
         if self.self_teacher is not None:
             self.self_teacher.follow()
-            seconds = {"sync": time.perf_counter() - start}
-        return seconds if self.students is None else self._sender.take(give_up)
+        if self.students is not None and self._sender.take(give_up) is None:
+            return None
+        follows = self.self_teacher is not None or self.students is not None
+        return {"sync": time.perf_counter() - start} if follows else {}
 
     def _look_back(self) -> None:
         """See what the last step found of its responses, and where devices are shared wait until it is done."""
@@ -293,10 +295,9 @@ class Stream:
         lease, seconds = self._consult(host)
         return host, lease, host.seconds | seconds
 
-    def _send(self) -> dict[str, float]:
-        start = time.perf_counter()
+    def _send(self) -> bool:
         self.students.follow()
-        return {"sync": time.perf_counter() - start}
+        return True
 
     def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
         if self.engine is None:

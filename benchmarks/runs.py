@@ -1,0 +1,49 @@
+"""Runs of ``kdjax.train`` that a benchmark needs: each made once, and again only when its configuration has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import ROOT, commit
+from kdjax.config import load_config, to_dict
+from kdjax.errors import UserError
+
+COMMIT = "commit"  # of a run's folder: the file that says which one made it
+UNREAD = ("output", "overwrite", "generate")
+
+
+def trained(out: Path, config: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The metrics of a run in ``out``: what stands there if the same was asked for; an interrupted one goes on."""
+    asked = [f"output={out}", *overrides]
+    same = is_run_of(out, config, asked)
+    if not (same and (out / "result.json").exists()):
+        fresh = [] if same else ["overwrite=true"]
+        command = [sys.executable, "-m", "kdjax.train", "--config", str(config), *asked, *fresh]
+        environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".cache" / "jax"))
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=environment)
+        (out / COMMIT).write_text(commit())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_run_of(out: Path, config: Path, asked: list[str]) -> bool:
+    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now.
+
+    A key that is younger than the run counts with its default; of what a run without rollouts never reads, none does.
+    """
+    try:
+        saved, now = load_config(out / "config.yaml"), load_config(config, asked)
+    except UserError:  # nothing there, or a configuration of another version
+        return False
+    unread = UNREAD if now.distill.on_policy_fraction else (*UNREAD, "rollout")
+    return all(getattr(saved, name) == getattr(now, name) for name in to_dict(now) if name not in unread)
+
+
+def made_at(folder: Path) -> str:
+    """The commits that the finished runs in ``folder`` were made at; "unknown" stands for runs that do not say."""
+    notes = [result.parent / COMMIT for result in folder.glob("*/result.json")]
+    return ", ".join(sorted({note.read_text() if note.exists() else "unknown" for note in notes}))
