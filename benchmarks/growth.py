@@ -40,6 +40,7 @@ AXES = {
     "layers": (2, 4, 8, 16),
 }
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+BATCH = 8  # whose longest document the others are padded to
 
 
 def make(sequence: int, batch: int, vocabulary: int, layers: int) -> tuple[Step, Callable[[], float]]:
@@ -108,16 +109,15 @@ def padding(rows: int | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for packing in (False, True):
         config = load_config(QUICKSTART, [f"data.packing={str(packing).lower()}"])
-        batch = config.train.batch_size
         tokenizer = load_tokenizer(config.teacher.path)
-        data = DataStream(config.data, tokenizer, batch=batch, epochs=1, max_rows=rows)
+        data = DataStream(config.data, tokenizer, batch=BATCH, epochs=1, max_rows=rows)
         hosts = list(data)
         data.close()
         if packing:
             found["packed"] = data.statistics.padding
         else:
-            longest = sum(batch * max(len(placed.document) for placed in host.documents) for host in hosts)
-            found |= {"max_len": config.data.max_len, "batch": batch, "documents": data.statistics.documents}
+            longest = sum(BATCH * max(len(placed.document) for placed in host.documents) for host in hosts)
+            found |= {"max_len": config.data.max_len, "batch": BATCH, "documents": data.statistics.documents}
             found |= {"one_a_row": data.statistics.padding}
             found["to_the_longest_of_a_batch"] = 1 - data.statistics.tokens / longest
     shown = ", ".join(f"{name} {found[name]:.1%}" for name in ("one_a_row", "to_the_longest_of_a_batch", "packed"))

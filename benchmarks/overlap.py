@@ -33,6 +33,7 @@ LOOK_SECONDS = 0.2
 OVERRIDES = (
     "overwrite=true",  # each round anew
     "teacher.threads=1",
+    "train.batch_size=4",
     "train.eval_every=null",
     "train.eval_rows=4",
     "log.tensorboard=false",

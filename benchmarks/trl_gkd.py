@@ -62,6 +62,7 @@ def overrides(out: Path, steps: int, **more: Any) -> list[str]:
         "teacher.dtype": "float32",
         "distill.kd_ratio": 1.0,
         "train.steps": steps,
+        "train.batch_size": 4,
         "train.learning_rate": COMMON["learning_rate"],
         "train.betas": COMMON["betas"],
         "train.schedule": "constant",
