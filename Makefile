@@ -39,7 +39,7 @@ bench-full: bench  ## and what distillation is worth, over several seeds: three 
 gpu: setup  ## on a machine with a GPU: check and measure, ten minutes
 	$(BIN)/python -m benchmarks.gpu
 
-docs: setup  ## into site/; a link that leads nowhere is an error
+docs: setup  ## into site/; a link that leads nowhere in it is an error (the web's are not followed)
 	$(BIN)/python -m docs.generate
 	$(BIN)/mkdocs build --strict --quiet
 

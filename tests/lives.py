@@ -1,7 +1,8 @@
 """``python lives.py RUN.yaml KILLS SEED``: runs that are killed at random moments and started again, until one ends.
 
-Everything is imported once and each life is a fork of that, so a life costs its training alone. Every other life is
-killed while a checkpoint is being written. Prints one JSON object: exit codes, and how many kills struck a save.
+Everything is imported once and each life is a fork of that, so a life costs its training alone. Lives end in turn while
+a checkpoint is being written, in start-up, and in training; the last of more than three while the student is exported.
+Prints one JSON object: exit codes, and what each kill struck.
 """
 
 from __future__ import annotations
@@ -37,30 +38,41 @@ def ended(child: int) -> int | None:
     return None if pid == 0 else os.waitstatus_to_exitcode(status)
 
 
+def strike(child: int, output: Path, moment: str, chance: random.Random) -> tuple[int, str]:
+    """kill ``child`` at a ``moment``; returns its exit code, and what it was doing then"""
+    began = time.monotonic()
+    known = {path.name for path in output.glob("checkpoints/*")}
+    after = {"save": (0, 0.02), "start-up": (0, 0.5), "training": (0.05, 0.6), "export": (0, 0)}[moment]
+    at = began + chance.uniform(*after) if moment == "start-up" else None
+    while (code := ended(child)) is None:
+        fresh = {path.name for path in output.glob("checkpoints/*")} - known
+        exports = [*output.glob(".export*"), *output.glob("export")]
+        if at is None and (exports if moment == "export" else fresh):
+            at = time.monotonic() + chance.uniform(*after)
+        if at is not None and time.monotonic() >= at:
+            saves = any("tmp" in path.name for path in output.glob("checkpoints/*"))
+            os.kill(child, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if moment == "start-up":  # where what a life before left half-written still lies there
+                return code, "training" if fresh else moment
+            return code, "save" if saves else moment
+        time.sleep(0.0005)
+    return code, "nothing"
+
+
 def main_loop(file: str, kills: int, chance: random.Random) -> dict:
     output = Path(yaml.safe_load(Path(file).read_text())["output"])
-    codes, saving = [], 0
+    codes, struck = [], []
     for life in range(kills):
-        child = live(file)
-        known = {path.name for path in output.glob("checkpoints/*")}
-        strikes_a_save = life % 2 == 0
-        begun = None
-        while (code := ended(child)) is None:
-            fresh = [p.name for p in output.glob("checkpoints/*") if p.name not in known]
-            if fresh and begun is None:
-                begun = time.monotonic() + (chance.uniform(0, 0.02) if strikes_a_save else chance.uniform(0.05, 0.6))
-            if begun is not None and time.monotonic() >= begun:
-                saving += any("tmp" in p.name for p in output.glob("checkpoints/*"))
-                os.kill(child, signal.SIGKILL)
-                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                break
-            time.sleep(0.0005)
+        moment = "export" if life == kills - 1 > 2 else ("save", "start-up", "training")[life % 3]
+        code, what = strike(live(file), output, moment, chance)
         codes.append(code)
+        struck.append(what)
         if code != -signal.SIGKILL:
-            return {"codes": codes, "saving": saving}
+            return {"codes": codes, "struck": struck}
     child = live(file)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    return {"codes": codes, "saving": saving}
+    return {"codes": codes, "struck": struck}
 
 
 if __name__ == "__main__":

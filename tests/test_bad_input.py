@@ -92,7 +92,9 @@ def test_configuration_files(tmp_path, monkeypatch, capfd, content, words):
     ],
     ids=lambda value: "-".join(f"{k}.{next(iter(v))}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_values_that_cannot_work(values, capfd, groups, words):
+def test_values_that_cannot_work(values, capfd, monkeypatch, groups, words):
+    for loader in ("training.student.load_model", "training.teacher.start_engine", "rollouts.engines.start_engine"):
+        monkeypatch.setattr(f"kdjax.{loader}", lambda *_, **__: pytest.fail("something was loaded"))
     refused(changed(values, **groups), capfd, *words)
 
 

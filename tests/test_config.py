@@ -7,6 +7,7 @@ import yaml
 
 from kdjax.config import from_dict, load_config, reference, to_dict, to_yaml
 from kdjax.errors import UserError
+from kdjax.train import main, parse
 
 MINIMAL = {"student": {"path": "s"}, "data": {"train": [{"path": "rows.jsonl"}]}}
 ARGS = ["student.path=s", "data.train=[{path: rows.jsonl}]"]
@@ -61,7 +62,7 @@ def test_every_key_is_documented():
     [
         ("train.step=3", ["train.step", "train.steps"]),
         ("learning_rate=3", ["learning_rate", "train.learning_rate"]),
-        ("train.steps=many", ["train.steps", "integer", "many"]),
+        ("train.steps=many", ["train.steps: input should be a valid integer", "got 'many'"]),
         ("train.steps=0", ["train.steps", "greater than or equal to 1"]),
         ("distill.kd_ratio=1.5", ["distill.kd_ratio", "less than or equal to 1"]),
         ("student.dtype=fp16", ["student.dtype", "float32", "bfloat16"]),
@@ -112,3 +113,18 @@ def test_a_broken_file_is_named(tmp_path, content, words):
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="nowhere.yaml: no such configuration file"):
         load_config("nowhere.yaml")
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and [name for name, *_ in reference() if f"\n  {name}: " not in shown] == []
+
+
+def test_the_printed_configuration_can_be_run_again(tmp_path, capsys):
+    changed = [*ARGS, "train.learning_rate=1e-5", "train.betas=[0.5, 0.9]", "data.template_args={enable_thinking: no}"]
+    assert main([*changed, "--print-config"]) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config(file) == load_config(None, changed) != load_config(None, ARGS)

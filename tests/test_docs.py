@@ -1,4 +1,4 @@
-"""Do the documents say what is there: links, paths, keys, configurations, code, and the generated page?"""
+"""Do the documents say what is there: links, paths, keys, messages, configurations, code, and the generated page?"""
 
 import ast
 import importlib
@@ -65,6 +65,7 @@ def test_the_configuration_page_is_what_the_generator_makes():
 
 @pages
 def test_links_lead_somewhere(page):
+    """within the repository; what lies on the web is not asked for, so that no test needs a network"""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("http://", "https://")):
             continue
@@ -155,8 +156,24 @@ def test_the_image_is_pinned_and_its_pins_fit():
     tested = {}
     for file in (ROOT / "requirements").glob("*.txt"):
         tested |= pins(file)
-    # Builds for a CPU are others: SGLang names the versions for a GPU itself.
-    assert {name for name in tested if pinned[name] != tested[name]} == {"torch", "torchvision", "triton"}
+    # Builds for a CPU are others: SGLang names the versions for a GPU itself; what it asks for there holds numpy back.
+    others = {name for name in pinned.keys() & tested if pinned[name] != tested[name]}
+    assert others == {"torch", "torchvision", "triton", "numpy"}
+
+
+def test_every_requirement_has_an_upper_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"].values()
+    wanted = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(n for e in extras for n in e),
+    ]
+    for requirement in map(Requirement, wanted):
+        assert {"<", "=="} & {one.operator for one in requirement.specifier}, requirement
+    for file in (ROOT / "requirements").glob("*.txt"):
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        assert lines and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), file
 
 
 def test_the_image_gets_nothing_that_git_ignores():
@@ -203,4 +220,27 @@ def test_every_argument_of_kdflow_has_a_row():
     for name in KDFLOW:
         counterpart = found[name]
         assert counterpart and (name in WITHOUT_COUNTERPART or "no counterpart" not in counterpart), name
-        assert "*planned*" in counterpart or "no counterpart" in counterpart or "`" in counterpart, name
+        keys = {text.partition(":")[0] for text in re.findall(r"`([^`]+)`", counterpart)} & KEYS
+        assert keys or "*planned*" in counterpart or "no counterpart" in counterpart, name
+
+
+def texts(file: Path) -> list[str]:
+    """every string in a Python file, as far as it is written there: what is put into one is …"""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def test_every_message_in_troubleshooting_is_one_that_is_given():
+    """in the code, or, where its words come from several places, in a test that expects it"""
+    files = (file for room in ("kdjax", "bridge", "tests") for file in (ROOT / room).rglob("*.py"))
+    given = "\n".join(text for file in files if file != Path(__file__) for text in texts(file))
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.M)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 100
+    longest = {message: max((part.strip(" :;,()") for part in message.split("…")), key=len) for message in messages}
+    assert [message for message, part in longest.items() if part not in given] == []

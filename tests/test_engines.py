@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from engine_models import Reference, random_prompts, random_spans
+from processes import family, gone
+from run_tools import ENVIRONMENT, wait_until
 
 from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Prefill, Sampling
@@ -279,30 +281,6 @@ def test_an_idle_engine_leaves_the_cores_alone(engine):
     assert seconds() - before < 0.2
 
 
-def family(session: int) -> list[int]:
-    """the processes of a server: it leads a session of its own"""
-    pids = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getsid(int(entry.name)) == session:
-                pids.append(int(entry.name))
-        except ProcessLookupError:
-            continue
-    return pids
-
-
-def gone(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def wait_until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-
-
 # From here on tests kill engines; they come last so that none has to start again.
 
 
@@ -359,18 +337,26 @@ def test_misfits_are_refused_before_anything_starts(folders, tmp_path):
             start_engine(folders[0], log=tmp_path / "log", pool=pool, dtype="bfloat16")
 
 
-def test_a_killed_trainer_takes_its_engine_and_pool_with_it(folders, tmp_path):
+@pytest.mark.parametrize("kind", ["transformers", pytest.param("sglang", marks=pytest.mark.full)])
+def test_a_killed_trainer_takes_its_engine_and_pool_with_it(folders, tmp_path, kind):
     script = f"""
         import os, signal
         from bridge.client import start_engine
         from bridge.hidden_pool import HiddenPool
+        from processes import family
         pool = HiddenPool.create(rows=8, width=64, dtype="float32")
-        engine = start_engine({str(folders[0])!r}, kind="transformers", log={str(tmp_path / "log")!r}, pool=pool)
-        print(engine.pid, engine._server.folder, pool.spec.path, flush=True)
+        options = {OPTIONS[kind]!r}
+        log = {str(tmp_path / "log")!r}
+        engine = start_engine({str(folders[0])!r}, kind={kind!r}, log=log, pool=pool, options=options)
+        print(*family(engine.pid), engine._server.folder, *engine._server.leftovers, pool.spec.path, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = os.environ | {"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    pid, folder, segment = done.stdout.split()
-    wait_until(lambda: gone(int(pid)), 10)
-    assert not Path(folder).exists() and not Path(segment).exists()
+    words = done.stdout.split()
+    pids, files = [int(word) for word in words if word.isdigit()], [word for word in words if not word.isdigit()]
+    assert len(pids) >= (3 if kind == "sglang" else 1) and len(files) >= 2
+    wait_until(lambda: all(gone(pid) for pid in pids), 10)
+    assert not [file for file in files if Path(file).exists()]

@@ -9,6 +9,7 @@ import pytest
 import step_tools
 import yaml
 from loss_reference import log_softmax
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import kdjax
@@ -55,7 +56,7 @@ def held_out_width(evaluation: Evaluation) -> float:
     return hidden.shape[-1] + 100 * (evaluation.step or 0)
 
 
-def test_checkpoints_and_folders(trained, tmp_path, capsys):
+def test_checkpoints_and_folders(trained, tmp_path, capfd):
     """Three ways to the same weights give the same numbers, and functions see the weights of their step."""
     config, result, run = trained
     held = [record for record in read_metrics(run / "metrics.jsonl") if "eval/ce" in record]
@@ -66,9 +67,10 @@ def test_checkpoints_and_folders(trained, tmp_path, capsys):
     assert by_checkpoint["ce"] == pytest.approx(result.evaluations[3]["ce"], rel=1e-6)
     assert by_checkpoint["perplexity"] == pytest.approx(np.exp(by_checkpoint["ce"]))
     assert by_checkpoint["held_out_width"] == 332
-    capsys.readouterr()
+    capfd.readouterr()
     assert main(["--run", str(run)]) == 0  # its export
-    assert json.loads(capsys.readouterr().out)["ce"] == pytest.approx(result.evaluations[6]["ce"], rel=1e-6)
+    told = capfd.readouterr()
+    assert json.loads(told.out)["ce"] == pytest.approx(result.evaluations[6]["ce"], rel=1e-6) and told.err == ""
     # Exports of a step, of the newest and of the best: tensors of that step and of no other.
     for name, options in (("three", ["--step", "3"]), ("last", []), ("best", ["--best"])):
         assert export([str(run), str(tmp_path / name), *options]) == 0
@@ -78,9 +80,16 @@ def test_checkpoints_and_folders(trained, tmp_path, capsys):
     )
     assert all(np.array_equal(last[name], whole[name]) and np.array_equal(best[name], whole[name]) for name in whole)
     assert any(not np.array_equal(three[name], whole[name]) for name in whole)
-    capsys.readouterr()
+    capfd.readouterr()
     assert main(["--config", str(run / "config.yaml"), "--model", str(tmp_path / "three")]) == 0
-    assert json.loads(capsys.readouterr().out)["ce"] == pytest.approx(by_checkpoint["ce"], rel=1e-6)
+    assert json.loads(capfd.readouterr().out)["ce"] == pytest.approx(by_checkpoint["ce"], rel=1e-6)
+    # The best weights by command, told from the newest by putting step 3's in their place; and another dtype.
+    shutil.copy(tmp_path / "three" / "model.safetensors", run / "best")
+    assert main(["--run", str(run), "--best"]) == 0
+    assert json.loads(capfd.readouterr().out)["ce"] == pytest.approx(by_checkpoint["ce"], rel=1e-6)
+    assert export([str(run), str(tmp_path / "narrow"), "--dtype", "bfloat16"]) == 0
+    with safe_open(tmp_path / "narrow" / "model.safetensors", "numpy") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     # What is not there is said in one line.
     for command, words in (
         (lambda: main(["--run", str(run), "--step", "4"]), "no checkpoint of step 4; there are 3, 6"),
@@ -88,11 +97,11 @@ def test_checkpoints_and_folders(trained, tmp_path, capsys):
         (lambda: export([str(tmp_path), str(tmp_path / "x")]), "no run is there"),
     ):
         assert command() == 2
-        error = capsys.readouterr().err
+        error = capfd.readouterr().err
         assert words in error and error.count("\n") == 1
     shutil.rmtree(run / "best")
     assert export([str(run), str(tmp_path / "x"), "--best"]) == 2
-    assert "train.keep_best" in capsys.readouterr().err
+    assert "train.keep_best" in capfd.readouterr().err
 
 
 SEEN = []
@@ -183,7 +192,8 @@ def test_functions_are_refused_before_anything_loads(run_values, tmp_path, capsy
     from kdjax.train import main as command
 
     assert command(["--config", str(file)]) == 2
-    assert "did you mean 'held_out_width'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    words = "train.eval_functions: no evaluation function 'held_out_wdith'; did you mean 'held_out_width'"
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="train.eval_functions needs held-out data"):
         from_dict(run_values | {"data": run_values["data"] | {"eval": []}, "train": {"eval_functions": ["a"]}})
 

@@ -83,6 +83,32 @@ def test_wandb_offline_receives_configuration_and_numbers(tmp_path):
     assert history[0]["eval/ce"] == 1.25
 
 
+def tensorboard_events(file):
+    """each event behind its length (8 bytes) and that one's checksum (4), and before its own (4), as in TFRecord"""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield Event.FromString(data[at + 12 : at + 12 + length])
+        at += 16 + length
+
+
+def test_tensorboard_receives_the_numbers_and_where_a_run_went_on(tmp_path):
+    for resumed_at in (0, 3):
+        folder = tmp_path / str(resumed_at)
+        folder.mkdir()
+        with Metrics(folder, configured(tensorboard=True), resumed_at) as metrics:
+            metrics.write(resumed_at + 1, {"loss": 2.5, "eval/ce": 1.25})
+        (file,) = (folder / "tensorboard").iterdir()
+        events = list(tensorboard_events(file))
+        told = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+        assert told == [(resumed_at + 1, "loss", 2.5), (resumed_at + 1, "eval/ce", 1.25)]
+        # TensorBoard leaves out what an earlier life wrote from this step on.
+        starts = [event.step for event in events if event.HasField("session_log")]
+        assert starts == ([4] if resumed_at else [])
+
+
 def test_a_sink_that_refuses_leaves_no_other_open(tmp_path, monkeypatch):
     closed = []
 

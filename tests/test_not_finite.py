@@ -1,5 +1,8 @@
 """NaN and Inf stop a run by name: the step, the documents, the last good checkpoint; and nothing bad is saved."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +74,25 @@ def test_teacher_rows_stop_the_run_with_document_and_checkpoint(values):
     assert "\n" not in message and "gsm8k_train.jsonl:" in poisoned[0]
     assert go(values).steps == 6
     assert losses(values["output"], "teacher_bad_rows") == []
+
+
+@pytest.mark.parametrize(
+    ("save_every", "left"),
+    [
+        (1, "the last good checkpoint is that of step 1"),
+        (None, r"there is no checkpoint yet \(checkpoint.save_every\)"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(values, save_every, left):
+    """here because the first update throws every weight out to 1e30"""
+    values["checkpoint"]["save_every"] = save_every
+    values["train"]["learning_rate"] = 1e30
+    with pytest.raises(UserError) as caught:
+        go(without_teacher(values))
+    what = r"^step 2: loss or gradient is not finite \(loss \S+, gradient norm nan\)"
+    assert re.search(rf"{what}; it comes from \S+gsm8k_train.jsonl:\d+.*; {left}; lower train", str(caught.value))
+    kept = ["1"] if save_every else []
+    assert [path.name for path in (Path(values["output"]) / "checkpoints").iterdir()] == kept
 
 
 @register_divergence("test_nan_where_loud")

@@ -26,16 +26,17 @@ def test_other_schedules(schedule, last):
 
 def test_adamw_step_by_hand():
     config = TrainConfig(
-        learning_rate=0.1, warmup_ratio=0.0, schedule="constant", weight_decay=0.5, betas=(0.9, 0.98), max_grad_norm=1.0
-    )
+        learning_rate=0.1, warmup_ratio=0.0, schedule="constant", weight_decay=0.5, betas=(0.9, 0.98), eps=1.0,
+        max_grad_norm=1.0,
+    )  # fmt: skip
     params = {"student": {"w": jnp.array([2.0, -1.0]), "norm": jnp.array([1.0])}, "extra": {"p": jnp.array([1.0])}}
     grads = {"student": {"w": jnp.array([6.0, 0.0]), "norm": jnp.array([0.0])}, "extra": {"p": jnp.array([8.0])}}
     optimizer = make_optimizer(config, 10)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    # The first Adam update is the gradient's sign, whatever clipping (to norm 1 from 10) made of its size.
-    assert np.allclose(updates["student"]["w"], [-0.1 * (1 + 0.5 * 2.0), -0.1 * 0.5 * -1.0], atol=1e-6)
+    # The gradient, clipped from norm 10 to 1, is 0.6 and 0.8; the first Adam update of g is g / (|g| + eps).
+    assert np.allclose(updates["student"]["w"], [-0.1 * (0.6 / 1.6 + 0.5 * 2.0), -0.1 * 0.5 * -1.0], atol=1e-6)
     assert np.allclose(updates["student"]["norm"], 0.0)  # no decay on norms
-    assert np.allclose(updates["extra"]["p"], -0.1 * (1 + 0.5), atol=1e-6)
+    assert np.allclose(updates["extra"]["p"], -0.1 * (0.8 / 1.8 + 0.5), atol=1e-6)
 
 
 def test_decay_spares_norms_and_biases():

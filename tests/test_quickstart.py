@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors import safe_open
 
 from kdjax.config import load_config
 from kdjax.models import load_model
@@ -21,6 +22,16 @@ def test_teacher_is_small_and_the_student_a_quarter_of_it(root, configured):
     big = load_model(teacher, abstract=True)
     small = load_model(teacher, abstract=True, config=dict(configured.student.config), init="random")
     assert count(small) <= count(big) / 4
+
+
+def test_the_shipped_teacher_is_the_one_its_configuration_makes(root):
+    teacher, tokenizer = root / "examples" / "teacher", root / "examples" / "tokenizer"
+    with safe_open(teacher / "model.safetensors", "numpy") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+    described = load_config(root / "configs" / "quickstart_teacher.yaml").student.config
+    assert described.items() <= json.loads((teacher / "config.json").read_text()).items()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (teacher / name).read_bytes() == (tokenizer / name).read_bytes()
 
 
 def _leaves(model):

@@ -6,16 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from run_tools import ENVIRONMENT, ROOT, Watcher, go, losses, without_teacher, write_config
 
+from kdjax.config import CheckpointConfig
 from kdjax.errors import UserError
 from kdjax.export import export
 from kdjax.models import load_model
 from kdjax.training import loop
+from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.preflight import Checked
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
@@ -39,7 +44,8 @@ def killed(values, tmp_path, kills):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["codes"] == [*[-signal.SIGKILL] * kills, 0], log
-    assert told["saving"] >= 1  # at least one kill struck a checkpoint half-written
+    # At least one kill struck a checkpoint half-written, and one a run that had not begun to train.
+    assert {"save", "start-up"} | ({"export"} if kills > 3 else set()) <= set(told["struck"]), told
     go(values, output=str(tmp_path / "whole"))
     assert losses(values["output"]) == losses(tmp_path / "whole")
     assert "damaged" not in log
@@ -54,6 +60,30 @@ def test_killed_three_times_it_ends_with_the_same_losses(values, tmp_path):
 @pytest.mark.full
 def test_killed_ten_times_it_ends_with_the_same_losses(values, tmp_path):
     killed(values, tmp_path, 10)
+
+
+def test_a_run_goes_on_from_what_a_signal_saved(values, tmp_path):
+    values["checkpoint"]["save_every"] = None
+    go(values, output=str(tmp_path / "whole"))
+    with pytest.raises(UserError, match="^SIGTERM: saved step 4; run the same command again to go on$"):
+        go(values, Watcher({3: lambda: signal.raise_signal(signal.SIGTERM)}))
+    display = Watcher()
+    go(values, display)
+    assert any(line.startswith("resume from step 4") for line in display.lines)
+    assert losses(values["output"]) == losses(tmp_path / "whole")
+
+
+def test_a_save_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    """held in the thread that writes it, it does not hold who asked for it"""
+    goes_on, finalize = threading.Event(), ocp.CompositeCheckpointHandler.finalize
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", lambda *a: (goes_on.wait(10), finalize(*a)))
+    state = {"params": {"student": {"w": jnp.ones(3)}, "extra": {}}, "step": jnp.int32(1)}
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state, {})
+        assert not (tmp_path / "1").exists()
+        goes_on.set()
+        checkpoints.wait()
+        assert (tmp_path / "1").is_dir()
 
 
 def cut(folder):

@@ -1,8 +1,11 @@
 """Streams of batches: what the teacher wrote is where the step reads it, and slots are reused without end."""
 
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_tools import wait_until
 
 from kdjax.config import from_dict
 from kdjax.training.sources import Stream
@@ -54,4 +57,16 @@ def test_each_device_views_rows_of_its_own_part(run_values, tmp_path):
             shard = piece.index[1].start // piece.data.shape[1]
             offset = piece.data.unsafe_buffer_pointer() - pool._address
             assert shard * part <= offset and offset + piece.data.nbytes <= (shard + 1) * part
+        batch.release_after(jnp.zeros(()))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_the_teacher_is_ahead_of_the_student_by_what_is_asked(run_values, local_engines, tmp_path, lookahead):
+    run_values["teacher"]["lookahead"] = lookahead
+    with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
+        (engine,) = local_engines
+        batch = next(stream)  # and now, while a step would be computed:
+        wait_until(lambda: engine.calls.count("prefill") == 1 + lookahead, 30)
+        time.sleep(0.2)
+        assert engine.calls.count("prefill") == 1 + lookahead
         batch.release_after(jnp.zeros(()))

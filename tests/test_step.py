@@ -3,8 +3,10 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from step_tools import SHAPE, S, config, documents, host_batch, make, parameters, run, teacher
 
 from kdjax.models import load_model
@@ -20,8 +22,9 @@ def close(a, b, tolerance):
 
 def test_loss_is_sum_over_all_positions_divided_once():
     """Against float64 NumPy, document by document: Σ over positions / number of positions, not a mean of means."""
-    step = make(distill={"kd_ratio": 0.3})
+    step = make(distill={"kd_ratio": 0.3}, train={"max_grad_norm": 0.01})
     model, head = step.model, np.asarray(teacher().head.weight, np.float64)
+    gradient = jax.tree.leaves(jax.jit(jax.grad(plain_loss))(nnx.state(model, nnx.Param), nnx.graphdef(model)))
     kd, ce, count = 0.0, 0.0, 0
     for i, document in enumerate(documents(0)):
         tokens = np.zeros((1, S), np.int32)
@@ -42,6 +45,24 @@ def test_loss_is_sum_over_all_positions_divided_once():
     assert metrics["kd"] == pytest.approx(kd / count, rel=1e-5)
     assert metrics["ce"] == pytest.approx(ce / count, rel=1e-5)
     assert metrics["loss"] == pytest.approx((0.7 * ce + 0.3 * kd) / count, rel=1e-5)
+    norm = np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in gradient))
+    assert norm > 0.1 and metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)  # as it is before clipping
+
+
+def plain_loss(params, graph):
+    """0.7 CE + 0.3 KL over whole logits, a document a row"""
+    made, length = documents(0), 16
+    tokens, keep, states = np.zeros((14, length), np.int32), np.zeros((14, length), bool), np.zeros((14, length, 24))
+    for i, document in enumerate(made):
+        tokens[i, : len(document)] = document.ids
+        keep[i, : len(document) - 1] = document.loss[1:]
+        states[i, : len(document)] = np.random.default_rng([0, i]).normal(size=(len(document), 24))
+    model = nnx.merge(graph, params)
+    log_q = jax.nn.log_softmax(model.logits(model(tokens)))
+    log_p = jax.nn.log_softmax(states.astype(np.float32) @ teacher().head.weight.T)
+    kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    ce = -jnp.take_along_axis(log_q, jnp.roll(tokens, -1, axis=1)[..., None], axis=-1)[..., 0]
+    return jnp.where(keep, 0.7 * ce + 0.3 * kl, 0.0).sum() / keep.sum()
 
 
 def test_accumulating_four_equals_one():

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import family
 from run_tools import Watcher, go, losses, servers, traces, wait_until, write_config
 
 from bridge.errors import EngineError
@@ -64,15 +65,7 @@ def stop_then(signal_number, find):
 def schedulers():
     """SGLang's scheduler processes below our server"""
     (server,) = servers()
-    family = [int(p.name) for p in Path("/proc").glob("[0-9]*") if session_of(int(p.name)) == server]
-    return [pid for pid in family if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def session_of(pid):
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
+    return [pid for pid in family(server) if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_an_engine_killed_or_hung_in_a_batch_is_started_again_and_the_batch_sent_again(values, tmp_path, undisturbed):
@@ -107,6 +100,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_one_error(values, tmp_path
     message = str(caught.value)
     assert "died (signal SIGKILL)" in message and f"last lines of {values['output']}/engine.log" in message
     assert "started again 1 times; teacher.restarts" in message
+    assert len(set(struck)) == 2  # the first and the one that was started again
     # What was saved before is whole: the same command goes on.
     assert go(values, Watcher()).steps == 6
 
@@ -173,15 +167,27 @@ def test_sglang_survives_the_death_of_its_scheduler(values, tmp_path, undisturbe
 
 
 @pytest.mark.full
-def test_sglang_interrupted_equals_uninterrupted(values, tmp_path, undisturbed):
+def test_sglang_interrupted_equals_uninterrupted(values, tmp_path, monkeypatch):
     values["teacher"] |= {"engine": "sglang"}
-    expected = reference(undisturbed, values, tmp_path)
     values["checkpoint"] |= {"save_every": 2}
+    asked, consult = {}, Stream._consult
+
+    def note(self, host):
+        """which documents the teacher is asked about for each step of each run"""
+        steps = asked.setdefault(self.config.output, {})
+        steps[host.state["statistics"]["batches"]] = [placed.document.ids.tolist() for placed in host.documents]
+        return consult(self, host)
 
     def fail():
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(Stream, "_consult", note)
+    whole = str(tmp_path / "whole")
+    go(values, output=whole)
     with pytest.raises(KeyboardInterrupt):
         train(from_dict(values), Watcher({5: fail}))
+    del asked[values["output"]]
     go(values)
-    assert losses(values["output"]) == pytest.approx(expected, rel=1e-5)
+    assert losses(values["output"]) == pytest.approx(losses(whole), rel=1e-5)
+    again = asked[values["output"]]  # from its save on, also what the dead run had asked before it died
+    assert min(again) == 5 and [again[n] for n in (5, 6)] == [asked[whole][n] for n in (5, 6)]

@@ -49,6 +49,10 @@ def linear_divergence(
     cross-entropy uses the student's whole softmax. A gradient is formed for what is differentiated, the teacher's
     hidden rows and head included, and for nothing else.
 
+    Chunks of rows whose gradient is formed with their value are those of Liger Kernel's fused linear cross-entropy
+    (2410.10989), here for two heads. Hidden rows may be float32 or bfloat16, of each model its own: its head is cast to
+    their dtype, products accumulate in float32, and gradients come in the dtype of what they are of.
+
     Args:
         divergence: a name, ``path/my.py:function``, or a function of logits; ``params`` and ``temperature`` go to it.
             They may be arrays, of a schedule for instance, and get no gradient.

@@ -183,6 +183,13 @@ class _Run:
             raise self.fault or Interrupted(self.interrupt.asked)
         self.metrics.write(done, display.spent())
         window = _Window(config, self.steps, done)
+
+        def ahead() -> tuple[DeviceBatch, dict[str, jax.Array]] | None:
+            taken = self._dispatch()
+            if taken is not None:
+                window.took(taken[0])
+            return taken
+
         for number in range(done + 1, self.steps + 1):
             batch, values = pending
             last = number == self.steps
@@ -190,7 +197,7 @@ class _Run:
             save = _due(number, config.checkpoint.save_every)
             # The next step is dispatched before this one is looked at, so that looking never makes the device wait;
             # not where the state of this very step is still needed.
-            pending = None if last or evaluate or save else self._dispatch()
+            pending = None if last or evaluate or save else ahead()
             with doing("wait for the step"):
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
             self.profiler.done(number)
@@ -202,7 +209,7 @@ class _Run:
                 display.line(line)
             self.position, self.result.steps = batch.host.state, number
             display.advance(number, values["loss"])
-            window.add(batch)
+            window.done(batch)
             if last or _due(number, config.log.every):
                 values |= window.close(number) | self.stream.gauges()
                 self.metrics.write(number, values)
@@ -214,7 +221,7 @@ class _Run:
                 if save:
                     self._save(number)
             if pending is None and not last:
-                pending = self._dispatch()
+                pending = ahead()
                 if pending is None:
                     self._save(number)
                     if self.fault is None:
@@ -369,18 +376,30 @@ class _Run:
 class _Window:
     """What happened since the last line of metrics: tokens and seconds, evaluation and saving not counted."""
 
+    LOOPS = ("waiting", "transfer", "sync")
+    """What the loop itself does to have a batch: seconds of the window in which it is taken, one before its step is
+    done. All others passed alongside and are told with the step."""
+
     def __init__(self, config: Config, steps: int, done: int) -> None:
         self._schedule = make_schedule(config.train, steps)
+        self._seconds: dict[str, float] = {"waiting": 0.0, "transfer": 0.0}
         self._start(done)
 
     def _start(self, step: int) -> None:
         self._first, self._tokens, self._since = step, 0, time.perf_counter()
-        self._seconds: dict[str, float] = defaultdict(float)
+        known = {name: 0.0 for name in self.LOOPS if name in self._seconds}
+        self._seconds = defaultdict(float, known)
 
-    def add(self, batch: DeviceBatch) -> None:
+    def took(self, batch: DeviceBatch) -> None:
+        """A batch was waited for and placed."""
+        for name in batch.seconds.keys() & set(self.LOOPS):
+            self._seconds[name] += batch.seconds[name]
+
+    def done(self, batch: DeviceBatch) -> None:
+        """Its step is done."""
         self._tokens += batch.host.tokens
-        for name, value in batch.seconds.items():
-            self._seconds[name] += value
+        for name in batch.seconds.keys() - set(self.LOOPS):
+            self._seconds[name] += batch.seconds[name]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -397,8 +416,7 @@ class _Window:
         values = {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": self._tokens / wall}
         seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
         # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
-        others = sum(seconds.get(name, 0.0) for name in ("sync", "waiting", "transfer"))
-        seconds["student"] = max(0.0, seconds["step"] - others)
+        seconds["student"] = max(0.0, seconds["step"] - sum(seconds.get(name, 0.0) for name in self.LOOPS))
         if "generate" in seconds:
             values["rollout/hidden"] = seconds.pop("hidden") / seconds["generate"]
         self._start(step)

@@ -1,0 +1,23 @@
+"""Which processes belong to an engine, and which are no more; jax is not loaded here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def family(session: int) -> list[int]:
+    """the processes of a server: it leads a session of its own"""
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(entry.name)) == session:
+                pids.append(int(entry.name))
+        except ProcessLookupError:
+            continue
+    return pids
+
+
+def gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
