@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from bridge.checkpoint import read_facts
+from bridge.cuda import gpus
 from bridge.dlpack import ALIGNMENT
 from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, Sampling, check_ids
 from bridge.errors import EngineError
@@ -93,6 +94,7 @@ class RemoteEngine:
         self.start_timeout, self.call_timeout = start_timeout, call_timeout
         self._turn, self._watch_turn = threading.RLock(), threading.Lock()
         self._server: _Server | None = None
+        self._closed = False
         self._buckets: dict[tuple[int, int | None], WeightBucket] = {}
         self._launch()
 
@@ -143,7 +145,7 @@ class RemoteEngine:
 
         `label` is the caller's word for these weights: `holds` says it from now on, and None after a start.
         gpu: NumPy arrays come through host memory; with the number of a GPU, JAX arrays that lie on it through a bucket
-        there, which an engine on any GPU of this host may read. The bucket is kept until the engine is closed.
+        there, which an engine on any GPU of this host may read. The bucket is kept until the engine is stopped.
 
         Raises EngineError that names the tensor where one is unknown, misshaped, sent twice or missing. The engine then
         refuses other calls until an update succeeds or it is restarted.
@@ -177,14 +179,18 @@ class RemoteEngine:
             return self._receive(server, server.watch, time.monotonic() + timeout, "health", timeout, plain=True)
 
     def restart(self) -> None:
-        """stop what is left of the engine and start it anew, with the weights of its model folder, version 0"""
+        """stop what is left of the engine and start it anew, with the weights of its model folder, version 0
+
+        Raises EngineError where it does not start, and once it is closed or killed.
+        """
         with self._turn:
             self._stop()
             self._launch()
             self.wait_ready()
 
     def close(self, timeout: float = 20.0) -> None:
-        """end the engine's processes; what does not end within `timeout` seconds is killed. Idempotent."""
+        """end the engine's processes for good; what does not end within `timeout` seconds is killed. Idempotent."""
+        self._closed = True
         mine = self._turn.acquire(timeout=timeout)  # else a call hangs in another thread, and ends with the engine
         try:
             server = self._server
@@ -200,7 +206,8 @@ class RemoteEngine:
                 self._turn.release()
 
     def kill(self) -> None:
-        """end the engine's processes at once, whoever waits for an answer: that call raises EngineError"""
+        """end the engine's processes at once and for good, whoever waits for an answer: that call raises EngineError"""
+        self._closed = True
         self._stop()
 
     def __enter__(self) -> "RemoteEngine":
@@ -212,6 +219,9 @@ class RemoteEngine:
     def _launch(self) -> None:
         self.holds: object = None
         self._server = _Server(self.spec, self.log)
+        if self._closed:  # by another thread, which had no server to end yet
+            self._stop()
+            raise EngineError(f"{self._name()} is closed")
         self._send(self._server, self._server.work, self.spec, self.start_timeout, "starting")
 
     def _stop(self) -> None:
@@ -385,6 +395,5 @@ def _checked(prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def default_device() -> str:
-    """cuda where the NVIDIA driver answers, else cpu; asked without loading torch here"""
-    found = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
-    return "cuda" if found else "cpu"
+    """cuda where the NVIDIA driver shows this process a GPU (CUDA_VISIBLE_DEVICES may hide them all), else cpu"""
+    return "cuda" if gpus() else "cpu"

@@ -36,7 +36,7 @@ class Allocation:
                 raise EngineError(
                     f"{size / 2**30:.2f} GiB of {what} do not fit on GPU {ordinal} "
                     f"({memory(ordinal)[0] / 2**30:.2f} GiB free): leave it more, as by XLA_PYTHON_CLIENT_MEM_FRACTION "
-                    f"or a smaller teacher.mem_fraction"
+                    f"or a smaller mem_fraction of the engines there"
                 ) from error
             self.address = pointer.value
             _call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size))

@@ -103,9 +103,10 @@ class PoolUsage:
     waited: float
 
 
-def create_segment(kind: str, size: int) -> tuple[str, int]:
+def create_segment(kind: str, size: int, what: str, less: str) -> tuple[str, int]:
     """a new zeroed file of `size` bytes in /dev/shm, really allocated and locked: its path and its open descriptor
 
+    `kind` is a part of its name, `what` what it holds in words, and `less` what to do for a smaller one.
     Raises EngineError where /dev/shm is too small: a page that cannot be had would otherwise kill by SIGBUS later.
     """
     while True:
@@ -121,8 +122,8 @@ def create_segment(kind: str, size: int) -> tuple[str, int]:
         remove_segment(path, descriptor)
         space = os.statvfs(SHARED)
         raise EngineError(
-            f"{size / 2**30:.2f} GiB for {kind} rows do not fit into {SHARED} "
-            f"({space.f_bavail * space.f_frsize / 2**30:.2f} GiB free): use fewer rows or a larger {SHARED} "
+            f"{size / 2**30:.2f} GiB of {what} do not fit into {SHARED} "
+            f"({space.f_bavail * space.f_frsize / 2**30:.2f} GiB free): {less}, or use a larger {SHARED} "
             f"(docker run --shm-size)"
         ) from error
     return path, descriptor
@@ -137,8 +138,16 @@ def map_segment(path: str, size: int) -> mmap.mmap:
         os.close(descriptor)
 
 
+def removed_with(owner: object, path: str, descriptor: int) -> weakref.finalize:
+    """what removes a segment when called, or else when `owner` goes; in this process alone: a fork that exits must not
+
+    Whoever has the segment mapped keeps the memory.
+    """
+    return weakref.finalize(owner, _remove_if_owner, os.getpid(), path, descriptor)
+
+
 def remove_segment(path: str, descriptor: int) -> None:
-    """unlink a segment and let go of its lock; whoever has it mapped keeps the memory"""
+    """unlink a segment and let go of its lock"""
     Path(path).unlink(missing_ok=True)
     os.close(descriptor)
 
@@ -179,8 +188,7 @@ class HiddenPool:
         self._queue: deque[object] = deque()
         self._change = threading.Condition()
         self._peak, self._waited, self._serial = 0, 0.0, 0
-        # Only the process that made the segment removes it: a fork that exits must not.
-        self._remove = weakref.finalize(self, _remove_if_owner, os.getpid(), spec.path, descriptor)
+        self._remove = removed_with(self, spec.path, descriptor)
 
     @classmethod
     def create(
@@ -211,7 +219,7 @@ class HiddenPool:
             for (part, gpu), allocation in zip(places, allocations, strict=True)
         )
         spec = PoolSpec("", parts * rows, width, dtype, parts, blocks)
-        path, descriptor = create_segment("pool", spec.bytes)
+        path, descriptor = create_segment("pool", spec.bytes, "hidden rows", "use fewer rows")
         return cls(replace(spec, path=path), descriptor, allocations)
 
     def lease(self, counts: Sequence[int], timeout: float | None = None) -> "Lease":

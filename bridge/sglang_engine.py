@@ -57,7 +57,7 @@ class SGLangEngine:
             **DEFAULTS
             | (CPU_DEFAULTS if spec.device == "cpu" else CUDA_DEFAULTS)
             | {"model_path": spec.model, "dtype": spec.dtype, "device": spec.device, "random_seed": spec.seed}
-            | (_memory(spec) if spec.device == "cuda" and spec.mem_fraction is not None else {})
+            | (_memory(spec) if spec.device == "cuda" else {})
             | {"forward_hooks": _hooks(spec.pool), "custom_weight_loader": [LOADER]}
             | dict(spec.options)
         )
@@ -158,7 +158,12 @@ def no_detokenizer(*_: object) -> None:
 
 
 def _memory(spec: EngineSpec) -> dict[str, float]:
-    """SGLang's argument for `spec.mem_fraction`: it counts weights and cache as a share of what is free as it starts"""
+    """SGLang's argument for `spec.mem_fraction`: it counts weights and cache as a share of what is free as it starts
+
+    Nothing where there is none, or where the options say it in SGLang's own way.
+    """
+    if spec.mem_fraction is None or "mem_fraction_static" in spec.options:
+        return {}
     first = spec.options.get("base_gpu_id", 0)
     count = spec.options.get("tp_size", 1) * spec.options.get("pp_size", 1)
     if first >= len(gpus()):

@@ -5,7 +5,6 @@ copied into it, and out of it, on the device, and only names, shapes and offsets
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ import numpy as np
 
 from bridge.cuda import Allocation, Mapping, gpus
 from bridge.dlpack import ALIGNMENT, CUDA, DLPackView
-from bridge.hidden_pool import create_segment, map_segment, remove_segment
+from bridge.hidden_pool import create_segment, map_segment, removed_with
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,13 @@ class BucketSpec:
 
 
 class WeightBucket:
-    """Shared host memory that weight updates fill again and again with NumPy arrays. A context manager."""
+    """Shared host memory that weight updates fill again and again with NumPy arrays."""
 
     def __init__(self, size: int):
-        path, descriptor = create_segment("weights", size)
+        path, descriptor = create_segment("weights", size, "weights", "send them in smaller buckets")
         self.spec = BucketSpec(size, path=path)
         self._bytes = np.frombuffer(mmap(descriptor, size), np.uint8)
-        self._remove = weakref.finalize(self, remove_segment, path, descriptor)
+        self._remove = removed_with(self, path, descriptor)
 
     def fill(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[list[Entry]]:
         """pack arrays in order; yields each time the bucket is full, and must be resumed only once it has been read
@@ -74,12 +73,6 @@ class WeightBucket:
         """let go of the memory, once no engine reads it any more"""
         self._remove()
 
-    def __enter__(self) -> "WeightBucket":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _put(self, offset: int, array: Any) -> None:
         self._bytes[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
@@ -95,6 +88,10 @@ class DeviceBucket(WeightBucket):
         self._allocation = Allocation(ordinal, size, "weights")
         self.spec = BucketSpec(size, gpu=gpus()[ordinal], handle=self._allocation.handle().hex())
         self._waiting: list[tuple[int, Any]] = []  # also keeps the arrays from being freed before they are copied
+
+    def fill(self, tensors: Iterable[tuple[str, Any]]) -> Iterator[list[Entry]]:
+        self._waiting.clear()  # of an update that broke off
+        return super().fill(tensors)
 
     def close(self) -> None:
         del self._allocation

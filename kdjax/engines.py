@@ -1,13 +1,23 @@
-"""Where engines run, and what follows from it: what ``auto`` computes in, and how they sleep. None of it starts JAX."""
+"""Engines as a run has them: where they run, what they are told, and that one which dies is started again.
+
+None of it starts JAX.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import jax
 
-from bridge.client import default_device
-from kdjax.config import Config
+from bridge.client import RemoteEngine, default_device
+from bridge.errors import EngineError
+from kdjax.config import Config, RolloutConfig, TeacherConfig
+from kdjax.errors import UserError, first_line
+
+Answer = TypeVar("Answer")
 
 
 def engine_device() -> str:
@@ -26,3 +36,95 @@ def sleeping(config: Config, device: str) -> dict[str, Any]:
     if not config.colocate or device == "cpu":
         return {}
     return {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
+
+
+def engine_options(
+    group: TeacherConfig | RolloutConfig, more: Mapping[str, Any] = MappingProxyType({}), *, first_gpu: int = 0
+) -> dict[str, Any]:
+    """SGLang's arguments that have keys of their own, ``more``, then the user's; plain transformers has only these.
+
+    ``first_gpu`` is added to the number of the GPU that the engine starts at.
+    """
+    if group.engine != "sglang":
+        return dict(group.args)
+    named: dict[str, Any] = {"tp_size": group.tp}
+    if isinstance(group, TeacherConfig):
+        named |= dict(
+            pp_size=group.pp,
+            ep_size=group.ep,
+            quantization=group.quantization,
+            trust_remote_code=group.trust_remote_code,
+        )
+    options = named | dict(more) | dict(group.args)
+    return options | ({"base_gpu_id": options.get("base_gpu_id", 0) + first_gpu} if first_gpu else {})
+
+
+class Revived:
+    """Asks an engine and, where it dies or misses a deadline, starts it anew and asks again.
+
+    Only an engine that is gone is started again: one that lives and answers with a fault would answer so again.
+
+    Args:
+        engine: as started from its model folder; a restart has the weights of that folder.
+        restarts: how often one question may be repeated.
+        tell: takes one line for each restart.
+        restarted: called after each, before the question is asked again.
+        whose: what the engine runs, in messages.
+        key: of the configuration, that says how often.
+        limit: the key that says how long a prompt may be.
+    """
+
+    def __init__(
+        self,
+        engine: RemoteEngine,
+        restarts: int,
+        tell: Callable[[str], None],
+        restarted: Callable[[RemoteEngine], None] = lambda engine: None,
+        *,
+        whose: str = "teacher",
+        key: str = "teacher.restarts",
+        limit: str = "data.max_len",
+    ) -> None:
+        self.engine, self.count = engine, 0
+        self._restarts, self._tell, self._restarted = restarts, tell, restarted
+        self._whose, self._key, self._limit = whose, key, limit
+        self._turn, self._ended = threading.Lock(), False
+
+    def ask(self, question: Callable[[RemoteEngine], Answer]) -> Answer:
+        """The answer to ``question(engine)``. Several threads may ask.
+
+        Raises EngineError where the engine fails for good, with the place of its log, and UserError for what it was
+        asked and cannot do, such as a prompt beyond its limit.
+        """
+        tried = 0
+        while True:
+            asked = None
+            try:
+                if tried:
+                    self._revive()
+                asked = self.engine.pid
+                return question(self.engine)
+            except ValueError as error:
+                raise UserError(f"{self._whose} {self.engine.spec.model}: {error}; see {self._limit}") from None
+            except EngineError as error:
+                lives = asked is not None and self.engine.pid == asked
+                if lives or self._ended:
+                    raise
+                if tried == self._restarts:
+                    raise EngineError(f"{error}\n(started again {tried} times; {self._key})") from None
+                tried, self.count = tried + 1, self.count + 1
+                self._tell(
+                    f"{first_line(error)}; starting it again, {tried} of {self._restarts} (log: {self.engine.log})"
+                )
+
+    def end(self) -> None:
+        """From now on a dead engine stays dead."""
+        self._ended = True
+
+    def _revive(self) -> None:
+        with self._turn:
+            if self._ended:  # while this thread waited for its turn
+                raise EngineError(f"{self._whose} {self.engine.spec.model} is closed")
+            if self.engine.pid is None:  # else another thread was quicker
+                self.engine.restart()
+                self._restarted(self.engine)

@@ -16,7 +16,7 @@ from typing import Any
 
 from kdjax.config import Config, GenerateConfig, load_config
 from kdjax.data.prompts import Prompt
-from kdjax.disk import whole
+from kdjax.disk import whole, write_whole
 from kdjax.errors import UserError
 from kdjax.generation.answers import LEFT_OUT, Answer, Answers
 from kdjax.generation.rewards import with_answer
@@ -59,7 +59,7 @@ def generate(config: Config, display: Display | None = None) -> dict[str, Any]:
         answers.write(display, out.with_name(f"{out.stem}.engine.log"))
         report = _assemble(answers, out, config.generate)
     report |= {"seconds": answers.seconds, "tokens_per_second": answers.tokens / max(answers.seconds, 1e-9)}
-    out.with_name(f"{out.stem}.report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_whole(out.with_name(f"{out.stem}.report.json"), json.dumps(report, indent=1) + "\n")
     _show(report, out, display)
     return report
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 from step_tools import E, config, host_batch, make, parameters, run
 
 from kdjax.algorithms import Vanilla, check_names, make_algorithm, register_algorithm
 from kdjax.errors import UserError
+from kdjax.training.step import Step
 
 
 def test_feature_loss_against_numpy_and_its_projection_learns():
@@ -29,6 +31,17 @@ def test_an_algorithm_in_a_file_trains(root):
     step = make(distill={"algorithm": f"{root}/examples/own_algorithm.py:WithFeatures"})
     losses = [m["loss"] for m in run(step, 12)]
     assert np.isfinite(losses).all() and np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def test_an_algorithm_that_keeps_random_numbers_is_refused():
+    """they would be no part of the state: the same at every step, and not saved"""
+
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.noise = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+
+    with pytest.raises(UserError, match="distill.algorithm: Noisy keeps random numbers"):
+        Step(None, Noisy(), None, mesh=object())
 
 
 def test_a_loss_in_a_file_trains(root):

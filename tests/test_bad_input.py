@@ -88,7 +88,8 @@ def test_configuration_files(tmp_path, monkeypatch, capfd, content, words):
         ({"mesh": {"data": 3}}, ["mesh: data 3", "does not fit 8 device(s)"]),
         ({"mesh": {"data": -1, "fsdp": -1}}, ["only one of data, fsdp and tensor may be -1"]),
         ({"train": {"batch_size": 4}}, ["train.batch_size=4", "8 data shards", "make it a multiple"]),
-        ({"data": {"max_len": 100_000}}, ["data.max_len=100000 is beyond the teacher's", "lower it"]),
+        ({"data": {"max_len": 100_000}}, ["data.max_len=100000 is beyond the student's", "lower it"]),
+        ({"teacher": {"quantization": "fp8"}}, ["teacher.quantization=fp8", "set teacher.engine=sglang"]),
     ],
     ids=lambda value: "-".join(f"{k}.{next(iter(v))}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -96,6 +97,14 @@ def test_values_that_cannot_work(values, capfd, monkeypatch, groups, words):
     for loader in ("training.student.load_model", "training.teacher.start_engine", "rollouts.engines.start_engine"):
         monkeypatch.setattr(f"kdjax.{loader}", lambda *_, **__: pytest.fail("something was loaded"))
     refused(changed(values, **groups), capfd, *words)
+
+
+def test_the_teachers_positions_are_known_before_its_weights_are_read(values, tmp_path, capfd):
+    shape = json.loads((Path(values["teacher"]["path"]) / "config.json").read_text())
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 128}))
+    words = "data.max_len=256 is beyond the teacher's 128 positions; lower it"
+    refused(changed(values, teacher={"path": str(tmp_path / "teacher")}), capfd, words)
 
 
 # The data

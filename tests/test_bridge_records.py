@@ -1,6 +1,7 @@
 """Are the records that cross the border checked where they are made, and weights and model facts read as they are?"""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -46,13 +47,15 @@ def test_weights_cross_in_buckets_and_in_their_dtypes():
         "e": rng.normal(size=(30,)).astype(np.float16),
     }
     got, sizes = {}, []
-    with WeightBucket(192) as bucket:
-        for entries in bucket.fill(arrays.items()):
-            load_bucket(bucket.spec, entries, lambda tensors: got.update((n, tensor.clone()) for n, tensor in tensors))
-            sizes.append(len(entries))
-        assert list(SHARED.glob("kdjax-weights-*"))
-        with pytest.raises(ValueError, match="weight big of 256 bytes exceeds the bucket of 192"):
-            list(bucket.fill([("big", np.zeros(64, np.float32))]))
+    bucket = WeightBucket(192)
+    for entries in bucket.fill(arrays.items()):
+        load_bucket(bucket.spec, entries, lambda tensors: got.update((n, tensor.clone()) for n, tensor in tensors))
+        sizes.append(len(entries))
+    assert list(SHARED.glob("kdjax-weights-*"))
+    with pytest.raises(ValueError, match="weight big of 256 bytes exceeds the bucket of 192"):
+        list(bucket.fill([("big", np.zeros(64, np.float32))]))
+    bucket.close()
+    assert not os.path.exists(bucket.spec.path)
     assert len(sizes) > 1 and sum(sizes) == len(arrays)
     for name, array in arrays.items():
         expected = torch.tensor(array.astype(np.float32)).to(got[name].dtype)

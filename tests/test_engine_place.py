@@ -8,9 +8,9 @@ import pytest
 
 import kdjax.engines
 from kdjax.config import from_dict
-from kdjax.engines import engine_device, engine_dtype, sleeping
-from kdjax.rollouts.engines import StudentEngines, student_label
-from kdjax.training.teacher import engine_options
+from kdjax.engines import engine_device, engine_dtype, engine_options, sleeping
+from kdjax.rollouts.engines import StudentEngines
+from kdjax.rollouts.weights import student_label
 
 DATA = {"train": [{"path": "rows.jsonl"}]}
 
@@ -34,19 +34,39 @@ def test_only_engines_that_share_a_gpu_sleep(colocate, device):
     config = from_dict(values | {"colocate": colocate})
     asked = sleeping(config, device)
     assert bool(asked) == (colocate and device == "cuda")
-    assert engine_options(config, asked).items() >= asked.items()
+    assert all(engine_options(group, asked).items() >= asked.items() for group in (config.teacher, config.rollout))
     plain = from_dict(values | {"teacher": {"path": "t", "engine": "transformers"}})
-    assert engine_options(plain, asked) == {}
+    assert engine_options(plain.teacher, asked) == {}
 
 
-def test_a_teachers_engine_that_also_writes_never_samples_the_students_padding(monkeypatch, tmp_path):
+@pytest.fixture
+def student(monkeypatch, tmp_path):
+    """what engines start from, without weights"""
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "vocab_size": 10}))
     monkeypatch.setattr("kdjax.rollouts.engines.export_student", lambda *_: tmp_path)
+
+
+@pytest.mark.parametrize(("args", "first"), [({}, 0), ({"base_gpu_id": 4}, 4)])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_each_of_the_students_engines_has_gpus_of_its_own(student, monkeypatch, tmp_path, args, first, device):
+    started = []
+    monkeypatch.setattr("kdjax.rollouts.engines.engine_device", lambda: device)
+    monkeypatch.setattr("kdjax.rollouts.engines.start_engine", lambda model, **spec: started.append(spec["options"]))
+    values = {"teacher": {"path": "t"}, "student": {"path": "s"}, "data": DATA}
+    config = from_dict(values | {"rollout": {"engines": 3, "tp": 2, "args": args}})
+    StudentEngines(config, SimpleNamespace(model=None), tmp_path, tell=print)
+    assert [options["tp_size"] for options in started] == [2, 2, 2]
+    stride = 2 if device == "cuda" else 0
+    assert [options.get("base_gpu_id", 0) for options in started] == [first, first + stride, first + 2 * stride]
+
+
+def test_a_teachers_engine_that_also_writes_never_samples_the_students_padding(student, tmp_path):
     values = {"teacher": {"path": "t", "update_every": 1}, "student": {"path": "t"}, "data": DATA}
     config = from_dict(values | {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": {"engines": 0}})
     asked = []
     shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(-1), pid=1)
     shared.generate = lambda prompts, sampling: asked.append(sampling) or []
-    engines = StudentEngines(config, SimpleNamespace(model=None), tmp_path, banned_ids=[7, 9], shared=shared)
+    step = SimpleNamespace(model=None)
+    engines = StudentEngines(config, step, tmp_path, tell=print, banned_ids=[7, 9], shared=shared)
     engines.generate([np.array([1], np.int32)], [3])
     assert asked[0].banned_ids == (7, 9) and asked[0].seeds == (3,)

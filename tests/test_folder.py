@@ -62,6 +62,18 @@ def test_a_failed_start_gives_everything_back(run):
     assert after == before
 
 
+def test_what_a_killed_run_left_goes_and_what_is_not_its_own_stays(run):
+    """another command is writing its answers meanwhile, and a person has hidden folders"""
+    others = (".generated.jsonl.tmp", ".data.old/rows.jsonl", ".notes.old/a.txt", ".answers.17.tmp/a.jsonl", "data/x")
+    for name in (*others, ".export.17.tmp/config.json", ".best.17.old/config.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("1")
+    with RunFolder(config(run, overwrite=True)) as folder:
+        folder.keep()
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files == {*OWN, *others, ".lock", "config.yaml"}
+
+
 def table(heading):
     """the first two cells of each row of the table behind a line of docs/concepts.md"""
     rows = PAGE.partition(heading)[2].lstrip("\n").partition("\n\n")[0].splitlines()

@@ -237,8 +237,14 @@ def test_a_signal_while_the_engine_starts(values, scripted, monkeypatch):
 def test_other_settings_are_refused(values, scripted, tmp_path):
     engine = scripted(right)
     go(values)
-    with pytest.raises(UserError, match="another sampling .*overwrite=true"):
-        go(values, temperature=0.5)
+    changes = {"temperature": (1.0, 0.5), "seed": (0, 7), "top_k": (0, 3), "samples": (1, 2), "batch_size": (2, 3)}
+    for key, (old, new) in changes.items():
+        with pytest.raises(UserError, match=rf"another generate.{key} \({old}, now {new}\); .*overwrite=true"):
+            go(values, **{key: new})
+    values["data"]["train"][0]["max_samples"] = 7
+    with pytest.raises(UserError, match=r"another source 0: max_samples \(null, now 7\)"):
+        go(values)
+    values["data"]["train"][0].pop("max_samples")
     (tmp_path / "model" / "config.json").write_text((tmp_path / "model" / "config.json").read_text() + "\n")
     with pytest.raises(UserError, match="another model"):
         go(values)
@@ -296,6 +302,27 @@ def test_accuracy_and_its_standard_error(values, scripted):
     assert found["accuracy"] == pytest.approx(np.mean(each)) and found["answers"] == 14
     assert found["standard_error"] == pytest.approx(np.std(each, ddof=1) / 7**0.5)
     assert engine.started == 2
+
+
+def test_a_task_that_asks_nothing_leaves_earlier_answers_alone(values, scripted):
+    scripted(right)
+    evaluate_task(from_dict(values), values["teacher"]["path"], "gsm8k", display=Display(quiet=True))
+    before = rows_of(values, "answers/gsm8k-model.jsonl")
+    values["generate"]["prompt_max_len"] = 1
+    with pytest.raises(UserError, match=r"task gsm8k: no prompt could be asked \({'long': 7}\)"):
+        evaluate_task(from_dict(values), values["teacher"]["path"], "gsm8k", display=Display(quiet=True))
+    assert rows_of(values, "answers/gsm8k-model.jsonl") == before
+
+
+@pytest.mark.parametrize(("path", "whose"), [(None, "teacher"), ("other", "model")])
+def test_what_the_engine_refuses_names_whose_it_is(values, scripted, path, whose):
+    def refuse(prompt, number):
+        raise ValueError("a prompt of 9 tokens")
+
+    scripted(refuse)
+    model, values["teacher"]["path"] = values["teacher"]["path"], path or values["teacher"]["path"]
+    with pytest.raises(UserError, match=rf"^{whose} {model}: a prompt of 9 tokens; see generate.prompt_max_len"):
+        evaluate_task(from_dict(values), model, "gsm8k", display=Display(quiet=True))
 
 
 def test_a_task_of_ones_own(values, scripted, tmp_path):

@@ -105,7 +105,7 @@ def test_sharded_parameters_export_whole(folder):
 
 def test_heads_and_abstract_models_know_their_shardings(folder):
     mesh = make_mesh(1, 2, 4)
-    head, _ = teacher_head(folder, mesh=mesh)
+    head = teacher_head(folder, mesh=mesh)
     assert head.weight.sharding.spec == P("tensor", "fsdp")
     abstract = load_model(folder, mesh=mesh, abstract=True)
     for one, many in zip(

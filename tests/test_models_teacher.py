@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from kdjax.errors import UserError
-from kdjax.models import teacher_head
+from kdjax.models import teacher_head, teacher_shape
 
 V, E = 24, 8
 WEIGHT = np.random.default_rng(0).normal(size=(V, E)).astype(np.float32)
@@ -46,7 +46,8 @@ CASES = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_head_with_all_that_makes_logits(tmp_path, case):
     config, tensors, expected = CASES[case]
-    head, shape = teacher_head(folder(tmp_path / "m", config, tensors))
+    path = folder(tmp_path / "m", config, tensors)
+    head, shape = teacher_head(path), teacher_shape(path)
     assert (shape.vocab_size, shape.hidden_size, head.layout) == (V, E, "vd")
     assert np.array_equal(head.weight, WEIGHT)
     assert {"soft_cap": head.soft_cap, "scale": head.scale} == {"soft_cap": None, "scale": 1.0} | expected
@@ -61,9 +62,9 @@ def test_bias_and_dtype(tmp_path):
     bias = np.arange(V, dtype=np.float32)
     tensors = {"lm_head.weight": WEIGHT.astype(ml_dtypes.bfloat16), "lm_head.bias": bias.astype(ml_dtypes.bfloat16)}
     path = folder(tmp_path / "m", {}, tensors)
-    head, _ = teacher_head(path)
+    head = teacher_head(path)
     assert head.weight.dtype == ml_dtypes.bfloat16 and np.array_equal(head.bias, bias.astype(ml_dtypes.bfloat16))
-    wide, _ = teacher_head(path, dtype="float32")
+    wide = teacher_head(path, dtype="float32")
     assert np.array_equal(wide.weight, WEIGHT.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 

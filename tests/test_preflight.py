@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_tools import TEMPLATES, config as data_config, document, family
+from data_tools import TEMPLATES, config as data_config, family, plain, write_pairs
 from local_engine import LocalEngine
 
 from kdjax.config import LogConfig, from_dict
-from kdjax.data import Document
+from kdjax.data import DataStream, Document
 from kdjax.errors import UserError
 from kdjax.models import load_model
 from kdjax.sharding import make_mesh
@@ -164,17 +164,18 @@ def test_templates_that_differ_in_thinking_mode_alone_are_told():
     assert "data.teacher_chat_template and teacher_template_args change nothing" in note
 
 
-def test_templates_are_compared_where_rows_went_through_one(run_values, opened, monkeypatch):
-    stream = opened(run_values)
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_templates_are_compared_where_rows_go_through_one(train_on, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "compare_templates", lambda tokenizer, config: ["compared"])
-    assert preflight.check_templates(stream) == ["compared"]
-    text = document(ids=[5, 6, 7], loss=[False, True, True])
-    monkeypatch.setattr(stream, "documents", lambda count: [text] * count)
-    assert preflight.check_templates(stream) == []
+    (tmp_path / "text.jsonl").write_text('{"text": "so it goes"}\n')
+    for file, expected in ((write_pairs(tmp_path / "pairs.jsonl", 2), ["compared"]), (tmp_path / "text.jsonl", [])):
+        data = DataStream(data_config(file, train_on=train_on), plain(), batch=1)
+        assert preflight.check_templates(SimpleNamespace(data=data, tokenizer=None, config=None)) == expected
 
 
-def test_a_turn_must_end_with_what_ends_a_response():
-    tokenizer, config = family("qwen2.5"), SimpleNamespace(data=data_config("rows.jsonl"))
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_a_turn_must_end_with_what_ends_a_response(train_on):
+    tokenizer, config = family("qwen2.5"), SimpleNamespace(data=data_config("rows.jsonl", train_on=train_on))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert preflight.check_end(tokenizer, config, {end}) == []
     with pytest.raises(

@@ -6,6 +6,7 @@ import json
 import pytest
 from run_tools import Watcher, go, losses, without_teacher
 
+from kdjax.errors import UserError
 from kdjax.train import PROFILED, parse
 from kdjax.training.profile import WARM_UP, Profiler
 from kdjax.training.step import Step
@@ -56,6 +57,23 @@ def test_a_traced_run_is_the_same_run(run_values, tmp_path, monkeypatch):
 def test_warm_up_comes_first_where_there_is_room(tmp_path, steps, done, last, first, until):
     profiler = Profiler(tmp_path, steps, done, last, print)
     assert (profiler.first, profiler.last) == (first, until)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_run_that_fails_early_says_what_was_traced_if_anything(tmp_path, monkeypatch, written):
+    def stop():
+        if written:
+            (tmp_path / "plugins" / "profile" / "now").mkdir(parents=True)
+            (tmp_path / "plugins" / "profile" / "now" / "host.trace.json.gz").touch()
+
+    monkeypatch.setattr("jax.profiler.start_trace", lambda *_, **__: None)
+    monkeypatch.setattr("jax.profiler.stop_trace", stop)
+    told = []
+    with pytest.raises(UserError, match="what went wrong"), Profiler(tmp_path, 5, 0, 100, told.append) as profiler:
+        for number in range(1, 7):
+            profiler.step(number)
+        raise UserError("what went wrong")
+    assert [line.partition(":")[0] for line in told] == (["trace of steps 4 to 6"] if written else [])
 
 
 def test_the_option_is_short_for_the_key(root, capsys):

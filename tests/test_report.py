@@ -3,6 +3,7 @@
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -89,6 +90,20 @@ def test_a_finished_run(tmp_path, capsys):
     assert all(link.startswith("#") for link in seen.asks)
     assert not re.findall(r"@import|url\((?!#)|<(?:script|link|iframe|img)\b", text)
     assert {link[1:] for link in seen.asks} | set(re.findall(r"url\(#([^)]+)\)", text)) <= set(seen.ids)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    page = made(tmp_path / "run") / "report.html"
+    page.write_text("the page before")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdjax.reporting.page.draw", lambda run: [])
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(page.parent)
+    assert page.read_text() == "the page before"
 
 
 def test_an_interrupted_run_and_the_same_resumed(tmp_path):

@@ -197,7 +197,6 @@ def test_exports_that_were_killed_leave_nothing(values):
     run = Path(values["output"])
     (run / "export").rename(run / ".export.123.old")
     (run / ".best.123.tmp").mkdir()
-    (run / ".config.yaml.tmp").write_text("half")
     with pytest.raises(UserError, match="finished"):
         go(values)
     assert (run / "export" / "model.safetensors").exists()

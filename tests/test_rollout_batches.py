@@ -163,7 +163,7 @@ class Parrot:
     """Engines that answer with the seed's digits; what they were asked is remembered."""
 
     def __init__(self):
-        self.asked, self.notes, self.version, self.stop_ids = [], [], 0, {END}
+        self.asked, self.version, self.stop_ids = [], 0, {END}
 
     def wait_for(self, version):
         assert version <= self.version
@@ -348,15 +348,23 @@ def test_what_does_not_fit_a_step_is_refused(tmp_path):
     assert len(next(source(tmp_path, rollout={"prompts": 2, "n_samples": 2, "max_new_tokens": 8})).documents) == 4
 
 
+CUT, EMPTY, WHOLE = completion([10, 11], "length"), completion([END]), completion([10, END])
+
+
 @pytest.mark.parametrize(
-    ("answer", "message"),
-    [((completion([10, 11], "length")), "were cut at rollout.max_new_tokens"), (completion([END]), "are empty")],
+    ("answers", "message"),
+    [
+        ([CUT] * 4, "step 1: all 4 responses were cut at rollout.max_new_tokens=16"),
+        ([EMPTY] * 4, "step 1: all 4 responses are empty"),
+        ([CUT, EMPTY, CUT, CUT], "step 1: 3 of 4 responses were cut at rollout.max_new_tokens=16 and 1 are empty"),
+        ([CUT, EMPTY, CUT, WHOLE], None),
+    ],
 )
-def test_a_step_of_nothing_but_cut_or_empty_responses_is_warned_about(tmp_path, answer, message):
-    made = source(tmp_path, rollout={"show_every": None})
-    made.engines.generate = lambda prompts, seeds: [answer for _ in prompts]
-    (note,) = next(made).notes
-    assert note.startswith("warning: step 1: all ") and message in note
+def test_a_step_of_nothing_but_cut_or_empty_responses_is_warned_about(tmp_path, answers, message):
+    made = source(tmp_path, rollout={"show_every": None, "prompts": 4})
+    made.engines.generate = lambda prompts, seeds: answers
+    notes = next(made).notes
+    assert not notes if message is None else len(notes) == 1 and notes[0].startswith(f"warning: {message}")
 
 
 @pytest.mark.parametrize(("every", "shown"), [({}, [1]), ({"show_every": 3}, [1, 3, 6]), ({"show_every": None}, [])])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from run_tools import Watcher
 
+from bridge import client
+from bridge.weight_sync import WeightBucket
 from kdjax.algorithms import make_algorithm
 from kdjax.config import from_dict
 from kdjax.errors import UserError
@@ -99,16 +101,20 @@ def test_interrupted_equals_uninterrupted_to_the_bit_and_both_are_exported(value
 
 
 @pytest.mark.parametrize(("every", "decay", "syncs"), [(2, 0.75, 12), (1, 0.0, 6)])
-def test_one_engine_writes_and_judges_in_turn(values, tmp_path, local_engines, every, decay, syncs):
+def test_one_engine_writes_and_judges_in_turn(values, tmp_path, local_engines, monkeypatch, every, decay, syncs):
     """The same run with two engines, with one, and with one that sleeps; where both have the same weights, one sync."""
+    buckets = []
+    monkeypatch.setattr(client, "WeightBucket", lambda size: buckets.append(WeightBucket(size)) or buckets[-1])
     values["teacher"] |= {"update_every": every, "ema_decay": decay}
     values["distill"] |= {"on_policy_fraction": 1.0, "loss": "rkl"}
-    values["rollout"] = {"engine": "transformers", "max_new_tokens": 8}
+    # As small as buckets get: the largest tensor's size.
+    values["rollout"] = {"engine": "transformers", "max_new_tokens": 8, "bucket_bytes": 1}
     go(values, output=str(tmp_path / "two"))
-    local_engines.clear()
+    local_engines.clear(), buckets.clear()
     values["rollout"]["engines"] = 0
     go(values, output=str(tmp_path / "one"))
     assert len(local_engines) == 1 and local_engines[0].calls.count("weights_end") == syncs
+    assert len(buckets) == 1 and local_engines[0].calls.count("weights_bucket") > syncs  # teacher's and student's
     go(values, output=str(tmp_path / "turns"), colocate=True)
     two, one, turns = (records(tmp_path / name) for name in ("two", "one", "turns"))
     assert max(r["rollout/k3"] for r in two) < 1e-6

@@ -79,6 +79,8 @@ def test_a_share_of_the_whole_memory_is_told_as_one_of_what_is_free(monkeypatch)
     assert told(0.25) == 0.25
     assert told(0.25, tp_size=2) == pytest.approx(20 / 30)  # by the GPU that has least
     assert told(0.25, base_gpu_id=2, tp_size=2) == 0.5
+    with_own = EngineSpec("sglang", "m", "bfloat16", "cuda", mem_fraction=0.9, options={"mem_fraction_static": 0.3})
+    assert bridge.sglang_engine._memory(with_own) == {}
     with pytest.raises(EngineError, match="mem_fraction 0.4 is 32.0 GiB of GPU 1, which has 30.0 GiB free: lower it"):
         told(0.4, base_gpu_id=1)
     with pytest.raises(EngineError, match="GPU 3 is to run the engine, and this process sees 3"):

@@ -1,5 +1,6 @@
 """Streams of batches: what the teacher wrote is where the step reads it, and slots are reused without end."""
 
+import threading
 import time
 
 import jax.numpy as jnp
@@ -47,8 +48,11 @@ def test_rows_arrive_aliased_and_slots_are_reused(run_values, tmp_path):
 def test_each_device_views_rows_of_its_own_part(run_values, tmp_path):
     """Four data shards: the piece on every device lies in that shard's part of the pool, so nothing was moved."""
     run_values["mesh"] = {"data": 2, "fsdp": 2}
+    threads = {*threading.enumerate()}
     with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
         batch = next(stream)
+        # One that works ahead, and none that would send weights to engines that there are not.
+        assert [thread.name for thread in {*threading.enumerate()} - threads].count("kdjax-ahead") == 1
         hidden, pool = batch.arrays.teacher_hidden[0], stream.engine.pool
         part = pool.spec.part_rows * pool.spec.row_bytes
         pieces = hidden.addressable_shards

@@ -6,17 +6,19 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from processes import family
 from run_tools import Watcher, go, losses, servers, traces, wait_until, write_config
 
+from bridge import client
 from bridge.errors import EngineError
 from kdjax.config import from_dict
+from kdjax.engines import Revived
 from kdjax.errors import UserError
 from kdjax.train import main
 from kdjax.training.loop import train
-from kdjax.training.revive import Revived
 from kdjax.training.sources import Stream
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
@@ -152,8 +154,64 @@ def test_an_engine_that_another_thread_has_started_again_is_asked_and_not_starte
             raise EngineError("engine died\nlog")
         return engine.pid
 
-    assert Revived(engine, 1, told.append, group="rollout").ask(question) == 2
+    assert Revived(engine, 1, told.append).ask(question) == 2
     assert told == ["engine died; starting it again, 1 of 1 (log: engine.log)"]
+
+
+def test_nobody_starts_an_engine_again_behind_the_end_of_the_run():
+    """two threads find it dead; while one starts it again, in vain, the run ends, and the other waits for its turn"""
+    started, ended = threading.Event(), threading.Event()
+
+    def restart():
+        started.set()
+        ended.wait(10)
+        raise EngineError("engine is closed")
+
+    engine = SimpleNamespace(pid=1, log="log", spec=SimpleNamespace(model="m"))
+    engine.restart, waiting, raised = Mock(side_effect=restart), threading.Barrier(2, timeout=10), []
+
+    def question(engine):
+        waiting.wait()
+        engine.pid = None
+        raise EngineError("engine died")
+
+    def ask():
+        with pytest.raises(EngineError) as caught:
+            revived.ask(question)
+        raised.append(str(caught.value))
+
+    revived = Revived(engine, 3, lambda line: None)
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(10)
+    time.sleep(0.05)  # for the other to wait
+    revived.end()
+    ended.set()
+    for thread in threads:
+        thread.join(10)
+    assert engine.restart.call_count == 1 and sorted(raised) == ["engine is closed", "teacher m is closed"]
+
+
+def test_an_engine_that_is_closed_while_it_is_started_again_does_not_stay(tiny_teacher, tmp_path, monkeypatch):
+    class Server:
+        process, spawned = SimpleNamespace(pid=1), []
+
+        def __init__(self, spec, log):
+            Server.spawned.append(self)
+            self.work, self.destroyed = None, 0
+            if len(Server.spawned) == 2:
+                engine.kill()  # when there is no server yet to be killed
+
+        def destroy(self):
+            self.destroyed += 1
+
+    monkeypatch.setattr(client, "_Server", Server)
+    monkeypatch.setattr(client.RemoteEngine, "_send", lambda *_: None)
+    engine = client.start_engine(tiny_teacher, kind="transformers", device="cpu", log=tmp_path / "log", wait=False)
+    with pytest.raises(EngineError, match="is closed"):
+        engine.restart()
+    assert [server.destroyed for server in Server.spawned] == [1, 1] and engine.pid is None
 
 
 @pytest.mark.full

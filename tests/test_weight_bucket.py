@@ -87,8 +87,11 @@ def test_arrays_cross_a_device_bucket_by_name_and_offset(gpu):
     for name, x in arrays.items():
         assert str(got[name].dtype) == f"torch.{x.dtype}" and got[name].shape == x.shape, name
         assert np.array_equal(got[name].float().numpy(), np.asarray(x, np.float32)), name
+    copies = bucket._allocation.log.count("copy")
     with pytest.raises(ValueError, match="weight big of 256 bytes exceeds the bucket of 192"):
-        list(bucket.fill([("big", jnp.zeros(64))]))
+        list(bucket.fill([("small", arrays["b"]), ("big", jnp.zeros(64))]))
+    assert len(list(bucket.fill([("c", arrays["c"])]))) == 1
+    assert bucket._allocation.log.count("copy") == copies + 1  # and nothing of the update that broke off
 
 
 def test_a_sharded_model_is_gathered_whole_on_one_device(gpu):
@@ -109,5 +112,14 @@ def test_a_sharded_model_is_gathered_whole_on_one_device(gpu):
     bucket, got = DeviceBucket(8192, 0), {}
     for entries in bucket.fill(tensors):
         load_bucket(bucket.spec, entries, lambda found: got.update((name, x.clone()) for name, x in found))
+    compiled = []
+    listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        again = EngineTensors(model, "bfloat16", engine_device="cuda")
+        again.gpu = 0
+        assert dict(again).keys() == on_host.keys() and not compiled  # only the first sync of a run does
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     for name, x in on_host.items():
         assert np.array_equal(got[name].view(torch.int16).numpy(), x.view(np.int16)), name

@@ -91,6 +91,12 @@ class TeacherConfig:
     resident: tuple[Literal["weights", "kv_cache"], ...] = ()
     """With `colocate`: what stays on the devices while others have their turn."""
 
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.engine != "sglang":
+            raise ValueError(
+                f"teacher.quantization={self.quantization} is SGLang's: set teacher.engine=sglang, or leave it out"
+            )
+
 
 @group
 class SourceConfig:

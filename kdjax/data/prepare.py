@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -91,6 +91,13 @@ def truncate(document: Document, max_len: int) -> Document | None:
     return Document(ids, loss, document.source, document.teacher_ids[:end], document.teacher_loss[:end])
 
 
+class Opened(NamedTuple):
+    """A source: what ``Prepare`` makes of its rows, in file order, and whether they go through the chat template."""
+
+    rows: grain.MapDataset
+    templated: bool
+
+
 def open_sources(
     sources: Sequence[Any],
     data: Any,
@@ -99,36 +106,27 @@ def open_sources(
     max_len: int,
     vocab_size: int | None,
     seed: int,
-) -> list[grain.MapDataset]:
-    """Each source as a grain dataset of what ``Prepare`` makes of its rows, in file order.
-
-    Raises UserError for one that cannot be read.
-    """
+) -> list[Opened]:
+    """The sources, each shuffled by a seed of its own if at all. Raises UserError for one that cannot be read."""
     encoder = make_encoder(data, tokenizer)
     opened = []
     for source in sources:
         rows, reader = open_source(source, data)
         made = Prepare(rows, reader, encoder, data, max_len, vocab_size)
-        opened.append(grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(made))
+        dataset = grain.MapDataset.source(range(len(rows))).seed(seed + len(opened)).map(made)
+        opened.append(Opened(dataset, templated=reader.format != "text"))
     return opened
 
 
-def first_documents(
-    sources: Sequence[Any],
-    data: Any,
-    tokenizer: Any,
-    count: int,
-    max_len: int,
-    vocab_size: int | None,
-) -> list[Document]:
-    """The first ``count`` documents of each source that can be trained on, in file order; other rows are passed over.
+def first_documents(sources: Sequence[Opened], count: int) -> list[Document]:
+    """At most ``count`` documents to train on, equally many from the start of each source; other rows are passed over.
 
-    Reads no further than it needs to. Raises UserError for a source that cannot be read.
+    Tokenizes no further than it needs to.
     """
-    found: list[Document] = []
-    for rows in open_sources(sources, data, tokenizer, max_len=max_len, vocab_size=vocab_size, seed=0):
-        found += itertools.islice((document for i in range(len(rows)) for document in rows[i].documents), count)
-    return found
+    share, found = -(-count // max(1, len(sources))), []
+    for rows, _ in sources:
+        found += itertools.islice((document for i in range(len(rows)) for document in rows[i].documents), share)
+    return found[:count]
 
 
 def open_source(source: Any, data: Any) -> tuple[Rows, RowReader]:

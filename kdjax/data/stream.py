@@ -15,7 +15,7 @@ import numpy as np
 from kdjax.data.batch import Document, HostBatch, collate
 from kdjax.data.budget import WINDOW, TokenBudget
 from kdjax.data.packing import pack
-from kdjax.data.prepare import Prepared, open_sources
+from kdjax.data.prepare import Prepared, first_documents, open_sources
 from kdjax.errors import UserError
 
 # Documents read for a group of rows, as a share of what the rows hold: the surplus gives the packer something to choose
@@ -81,6 +81,8 @@ class DataStream(Iterator[HostBatch]):
     row; with a budget of tokens no batch holds documents of two epochs. All processes of a run read the same stream and
     take their part of each batch.
 
+    ``templated`` says whether any of its rows goes through the chat template.
+
     Raises UserError for bad input, while opening or when the row comes up.
     """
 
@@ -115,10 +117,11 @@ class DataStream(Iterator[HostBatch]):
         self._seed = seed
         sources = data.train if sources is None else sources
         opened = open_sources(sources, data, tokenizer, max_len=self._seq_len, vocab_size=vocab_size, seed=seed)
-        self._sizes = [len(rows) for rows in opened]
+        self._opened, self._sizes = opened, [len(rows) for rows, _ in opened]
+        self.templated = any(source.templated for source in opened)
         self.rows_per_epoch = sum(self._sizes)
         weights = [None if in_order else source.weight for source in sources]
-        self._rows = order_rows(opened, weights, data.shuffle and not in_order, seed)
+        self._rows = order_rows([rows for rows, _ in opened], weights, data.shuffle and not in_order, seed)
         ends = [] if epochs is None else [max(1, round(epochs * self.rows_per_epoch))]
         self._end = min([*ends, *([] if max_rows is None else [max_rows])], default=None)
         self._reader = self._read()
@@ -208,6 +211,10 @@ class DataStream(Iterator[HostBatch]):
                 rows += len(filled)
                 left = [window[i] for i in rest] + left[len(window) :]
         return max(1, -(-rows * total // (count * self._rows_each * self._parts["accumulate"])))
+
+    def sample(self, count: int) -> list[Document]:
+        """At most ``count`` documents from the start of the sources; see ``first_documents``."""
+        return first_documents(self._opened, count)
 
     def _read(self) -> grain.DatasetIterator:
         options = grain.ReadOptions(num_threads=self._data.workers, prefetch_buffer_size=16 * self._data.workers)

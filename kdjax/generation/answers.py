@@ -25,18 +25,18 @@ from kdjax.config import Config, SourceConfig
 from kdjax.data.formats import RowError
 from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
-from kdjax.engines import engine_device, engine_dtype
+from kdjax.engines import Revived, engine_device, engine_dtype, engine_options
 from kdjax.errors import UserError
 from kdjax.folders import resolve
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
 from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.progress import Display
-from kdjax.training.revive import Revived
-from kdjax.training.teacher import engine_options
 
 SECONDS_BETWEEN_LINES = 20
 MARGIN = 8  # positions that SGLang keeps to itself
+# Keys of ``generate`` that the answers depend on; temperature and the limit of prompts have values that are found out.
+ASKED = ("max_new_tokens", "top_p", "top_k", "samples", "seed", "batch_size")
 LEFT_OUT = {"bad": "malformed", "long": "longer than generate.prompt_max_len"}
 
 
@@ -101,12 +101,12 @@ class Answers:
             n=settings.samples,
         )
         self._ends = facts.eos_ids | set(self.sampling.stop_ids)
+        asked = {key: getattr(settings, key) for key in ASKED}
+        asked |= {"temperature": self.sampling.temperature, "prompt_max_len": self._limit}
         written_under = {
             "model": fingerprint(self.folder),
-            "sampling": asdict(self.sampling),
-            "generate.batch_size": settings.batch_size,
-            "generate.prompt_max_len": self._limit,
-            "sources": [asdict(source) for source in sources],
+            **{f"generate.{key}": value for key, value in asked.items()},
+            **{f"source {i}: {key}": x for i, source in enumerate(sources) for key, x in asdict(source).items()},
             "rows": len(self.prompts),
             "reward": None if reward is None else [reward, _file_digest(reward)],
         }
@@ -126,7 +126,8 @@ class Answers:
             return
         with self._engine(log) as engine, Interrupt(display.line, lambda: engine.kill()) as interrupt:
             restarts = self.config.teacher.restarts
-            revived = Revived(engine, restarts, display.line, limit="generate.prompt_max_len")
+            whose = "teacher" if self._is_teacher else "model"
+            revived = Revived(engine, restarts, display.line, whose=whose, limit="generate.prompt_max_len")
             try:
                 with display.stage(f"engine ({self.config.teacher.engine})"), interrupt.breakable():
                     engine.wait_ready()
@@ -206,7 +207,7 @@ class Answers:
             seed=self.sampling.seed,
             mem_fraction=teacher.mem_fraction if self._is_teacher else None,
             threads=teacher.threads,
-            options=engine_options(self.config) if self._is_teacher else {},
+            options=engine_options(teacher) if self._is_teacher else {},
             start_timeout=teacher.start_timeout,
             call_timeout=self.config.generate.timeout,
             wait=False,

@@ -65,8 +65,8 @@ def _score(answers: Answers, task: str, out: Path) -> dict[str, Any]:
                 unfinished += answer.finish_reason == "length"
                 tokens += answer.tokens
             rewards.append([answer.reward for answer in entry])
-    if not rewards:
-        raise UserError(f"task {task}: no prompt could be asked ({dict(left_out)}); see data.eval")
+        if not rewards:  # raised here, so that an earlier file stays
+            raise UserError(f"task {task}: no prompt could be asked ({dict(left_out)}); see data.eval")
     each = [mean(values) for values in rewards]
     total = sum(map(len, rewards))
     binary = all(value in (0.0, 1.0) for values in rewards for value in values)

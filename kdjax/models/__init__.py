@@ -4,7 +4,7 @@ from kdjax.models.config import FAMILIES, ModelConfig, Rope
 from kdjax.models.decoder import REMAT, Compute, Decoder
 from kdjax.models.export import ABOUT, export_hf, recover_exports
 from kdjax.models.hf import abstract_model, init_model, load_model
-from kdjax.models.teacher import TeacherShape, teacher_head
+from kdjax.models.teacher import TeacherShape, teacher_head, teacher_shape
 from kdjax.models.weights import hf_tensors, param_shardings, set_from_hf, state_shardings
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "set_from_hf",
     "state_shardings",
     "teacher_head",
+    "teacher_shape",
 ]

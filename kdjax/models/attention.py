@@ -8,11 +8,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 BLOCK, MOST_BLOCKS = 128, 4
-MASKED = (
-    "warning: student.attention=cudnn with data.packing: the kernel takes no segments, so packed documents are kept "
-    "apart by a mask of data.max_len² entries a row; with data.packing=false (and train.tokens_per_batch, but for "
-    "rollouts) it needs none"
-)
 
 
 def causal_attention(

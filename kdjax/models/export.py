@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +38,7 @@ GENERATION, ABOUT = "generation_config.json", "kdjax.json"
 _TAGS = {str(dtype): tag for tag, dtype in FILE_DTYPES.items()}
 # What a source's config.json says of itself and not of the student.
 _STALE = ("quantization_config", "auto_map", "layer_types", "max_window_layers", "transformers_version")
-_LEFT = re.compile(r"\.(.+?)(?:\.\d+)?\.(?:tmp|old)")  # exports bear their process's number
+_LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")  # the number is the process's
 _KNOWN_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")
 
 
@@ -99,21 +99,20 @@ def export_hf(
     return out
 
 
-def recover_exports(folder: Path) -> None:
-    """Undo what processes that were killed left in ``folder``: exports and files half written go, a replaced export
-    comes back.
+def recover_exports(folder: Path, names: Collection[str]) -> None:
+    """Undo what processes that were killed left of exports called ``names`` in ``folder``: half written ones go, a
+    replaced one comes back.
 
-    Only for a folder that nobody else writes to.
+    Only for names that nobody else writes there.
     """
-    for work in folder.glob(".*.tmp"):
-        if _LEFT.fullmatch(work.name):
-            shutil.rmtree(work) if work.is_dir() else work.unlink()
-    for old in folder.glob(".*.old"):
-        if match := _LEFT.fullmatch(old.name):
-            if (folder / match[1]).exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(folder / match[1])
+    for left in folder.glob(".*"):
+        match = _LEFT.fullmatch(left.name)
+        if match is None or match[1] not in names:
+            continue
+        if match[2] == "old" and not (folder / match[1]).exists():
+            left.rename(folder / match[1])
+        else:
+            shutil.rmtree(left)
 
 
 Planned = tuple[str, tuple[int, ...], int]

@@ -35,9 +35,19 @@ class TeacherShape:
     max_position_embeddings: int | None
 
 
+def teacher_shape(path: str | Path) -> TeacherShape:
+    """What config.json of a folder or hub id says. Raises UserError where it is no language model's."""
+    file = resolve(path, weights=False) / "config.json"
+    text = _text(read_json(file))
+    try:
+        return TeacherShape(text["hidden_size"], text["vocab_size"], text.get("max_position_embeddings"))
+    except KeyError as error:
+        raise UserError(f"{file}: {error.args[0]} is missing; is it a language model?") from None
+
+
 def teacher_head(
     path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str | None = None
-) -> tuple[Head, TeacherShape]:
+) -> Head:
     """Read ``lm_head`` (or the embedding, where they are tied) and nothing else of the model in ``path``.
 
     Soft-cap (Gemma 2), scale (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``) and bias come along. The
@@ -51,22 +61,21 @@ def teacher_head(
     Returns the head in Hugging Face's layout [V, E]. Raises UserError where there is no such tensor, where it is
     quantised, or where its shape is not config.json's.
     """
-    folder = resolve(path)
-    config = read_json(folder / "config.json")
-    text = {**config, **(config.get("text_config") or {})}
-    try:
-        shape = TeacherShape(text["hidden_size"], text["vocab_size"], text.get("max_position_embeddings"))
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'}: {error.args[0]} is missing; is it a language model?") from None
-    files = _files(folder)
-    name = _find(files, folder, bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))))
-    wanted = (text["vocab_size"], text["hidden_size"])
+    folder, shape = resolve(path), teacher_shape(path)
+    text, files = _text(read_json(folder / "config.json")), _files(folder)
+    name = _find(files, folder, bool(text.get("tie_word_embeddings", False)))
+    wanted = (shape.vocab_size, shape.hidden_size)
     weight = _read(folder / files[name], name, wanted, mesh, rules or Rules(), dtype)
     bias_name = name.removesuffix("weight") + "bias"
     bias = None
     if name.endswith("lm_head.weight") and bias_name in files:
         bias = _read(folder / files[bias_name], bias_name, wanted[:1], mesh, rules or Rules(), dtype)
-    return Head(weight, bias, text.get("final_logit_softcapping"), _scale(text), layout="vd"), shape
+    return Head(weight, bias, text.get("final_logit_softcapping"), _scale(text), layout="vd")
+
+
+def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the text decoder."""
+    return {**config, **(config.get("text_config") or {})}
 
 
 def _files(folder: Path) -> dict[str, str]:

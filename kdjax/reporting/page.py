@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from kdjax.disk import write_whole
 from kdjax.reporting.figures import INK, Drawn, draw
 from kdjax.reporting.record import RunRecord
 
@@ -53,7 +54,7 @@ def write_report(folder: str | Path) -> Path:
     for drawn in figures:
         drawn.figure.savefig(pictures / f"{drawn.name}.png", dpi=160, facecolor="white")
     page = run.folder / "report.html"
-    page.write_text(render(run, figures), encoding="utf-8")
+    write_whole(page, render(run, figures))
     return page
 
 

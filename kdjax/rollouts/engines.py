@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from bridge.client import RemoteEngine, start_engine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
-from kdjax.engines import engine_device, sleeping
+from kdjax.engines import Revived, engine_device, engine_options, sleeping
 from kdjax.rollouts.turns import Turns
-from kdjax.rollouts.weights import EngineTensors
-from kdjax.training.revive import Revived
+from kdjax.rollouts.weights import send, student_label
 from kdjax.training.student import export_student
 
 
@@ -34,6 +33,7 @@ class StudentEngines:
     Args:
         step: what trains the student, and so holds its newest weights.
         folder: gets the student as a Hugging Face folder, from which engines start, and their logs.
+        tell: takes one line for each new start of an engine.
         banned_ids: ids that the head holds and the tokenizer does not.
         stop_ids: ids that end a response, beside the model's own and the configured ones.
         shared: with no engine of its own, the teacher's; it takes the student's weights when it is to write.
@@ -45,6 +45,7 @@ class StudentEngines:
         step: Any,
         folder: Path,
         *,
+        tell: Callable[[str], None],
         banned_ids: Sequence[int] = (),
         stop_ids: Sequence[int] = (),
         shared: RemoteEngine | None = None,
@@ -59,10 +60,10 @@ class StudentEngines:
         self.stop_ids = read_facts(model).eos_ids | {*rollout.stop_ids, *stop_ids}
         self.version = -1
         self.turns = Turns()
-        self.notes: list[str] = []
         self._turn, self._changed, self._closed = threading.RLock(), threading.Condition(), False
         self.engines: list[RemoteEngine] = [] if shared is None else [shared]
         self._revived: list[Revived] = []
+        sleeps, gpus = sleeping(config, device), rollout.tp if device == "cuda" else 0  # each has as many of its own
         try:
             for number in range(rollout.engines):
                 self.engines.append(
@@ -75,7 +76,7 @@ class StudentEngines:
                         seed=config.train.seed + number,
                         mem_fraction=rollout.mem_fraction,
                         threads=rollout.threads,
-                        options=_engine_options(config, number, device),
+                        options=engine_options(rollout, sleeps, first_gpu=number * gpus),
                         start_timeout=rollout.start_timeout,
                         call_timeout=rollout.timeout,
                         wait=False,
@@ -84,8 +85,9 @@ class StudentEngines:
         except BaseException:
             self.close()
             raise
-        restarts = rollout.restarts, self.notes.append, lambda engine: self.turns.restarted(engine)
-        self._revived = [Revived(engine, *restarts, group="rollout") for engine in self.engines]
+        restarts = rollout.restarts, tell, lambda engine: self.turns.restarted(engine)
+        words = {"whose": "student", "key": "rollout.restarts"}
+        self._revived = [Revived(engine, *restarts, **words) for engine in self.engines]
 
     def wait_ready(self) -> None:
         """Until all answer. Raises EngineError when one does not start in time."""
@@ -178,36 +180,8 @@ class StudentEngines:
 
     def _send(self, engine: RemoteEngine) -> int:
         """Give an engine the newest weights; returns their version."""
-        tensors = EngineTensors(self._step.model, self.dtype, engine_device=engine.spec.device)
-        try:
-            with self._turn, self._step.lock:
-                version = self._step.number
-                engine.update_weights(
-                    tensors,
-                    version=version,
-                    bucket_bytes=self._config.bucket_bytes,
-                    label=student_label(version),
-                    gpu=tensors.gpu,
-                )
-            return version
-        except EngineError as error:
-            raise EngineError(
-                f"the weights of step {self._step.number} did not reach the student's engine, it broke off at "
-                f"{tensors.last}: {error}"
-            ) from None
-
-
-def student_label(version: int) -> tuple[str, int]:
-    """What an engine ``holds`` that runs the student as of step ``version``."""
-    return "student", version
-
-
-def _engine_options(config: Config, number: int, device: str) -> dict[str, Any]:
-    """SGLang's arguments of the engine of this number: each has ``rollout.tp`` GPUs of its own, one after the other."""
-    rollout = config.rollout
-    if rollout.engine != "sglang":
-        return dict(rollout.args)
-    options = {"tp_size": rollout.tp} | sleeping(config, device) | dict(rollout.args)
-    if device == "cuda":
-        options["base_gpu_id"] = options.get("base_gpu_id", 0) + number * rollout.tp
-    return options
+        with self._turn, self._step.lock:
+            version, bucket = self._step.number, self._config.bucket_bytes
+            label = student_label(version)
+            send(engine, self._step.model, version=version, whose="student", label=label, bucket_bytes=bucket)
+        return version

@@ -12,9 +12,8 @@ from flax import nnx
 from bridge.client import RemoteEngine
 from bridge.errors import EngineError
 from kdjax.losses import Head
-from kdjax.rollouts.engines import student_label
 from kdjax.rollouts.turns import Turns
-from kdjax.rollouts.weights import EngineTensors
+from kdjax.rollouts.weights import send, student_label
 from kdjax.training.step import Step
 
 
@@ -31,9 +30,11 @@ class SelfTeacher:
         head: the teacher's, as the engine starts; later ones replace its weight.
     """
 
-    def __init__(self, step: Step, engine: RemoteEngine, head: Head, *, every: int, decay: float) -> None:
+    def __init__(
+        self, step: Step, engine: RemoteEngine, head: Head, *, every: int, decay: float, bucket_bytes: int
+    ) -> None:
         self._step, self._engine, self._head = step, engine, head
-        self._every, self._decay = every, decay
+        self._every, self._decay, self._bucket_bytes = every, decay, bucket_bytes
         graph, params, rest = nnx.split(step.model, nnx.Param, ...)
         where = jax.tree.map(lambda x: x.sharding, params)
         copy = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree), out_shardings=where)
@@ -90,14 +91,7 @@ class SelfTeacher:
         if engine.holds == label or (engine.holds is None and self.version == 0):
             return
         self.turns.enter("renew")
-        tensors = EngineTensors(self.model, engine.spec.dtype, engine_device=engine.spec.device)
-        try:
-            engine.update_weights(tensors, version=self.version, label=label, gpu=tensors.gpu)
-        except EngineError as error:
-            raise EngineError(
-                f"the teacher's weights of step {self.version} did not reach its engine, it broke off at "
-                f"{tensors.last}: {error}"
-            ) from None
+        send(engine, self.model, version=self.version, whose="teacher", label=label, bucket_bytes=self._bucket_bytes)
 
     def wait_for(self, number: int) -> None:
         """Until the weights of step ``number``'s teacher are there. Raises EngineError once this is closed."""

@@ -60,6 +60,8 @@ class RolloutStream(Iterator[HostBatch]):
     Arguments and errors otherwise as DataStream's.
     """
 
+    templated = True  # as every prompt is
+
     def __init__(
         self, config: Config, tokenizer: Any, *, batch: int, accumulate: int, shards: int, vocab_size: int | None
     ) -> None:
@@ -294,20 +296,23 @@ class RolloutStream(Iterator[HostBatch]):
         seen.positions += host.tokens + host.padding
 
     def _notes(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> Iterator[str]:
-        if self.engines is not None:
-            while self.engines.notes:
-                yield self.engines.notes.pop(0)
         where = f"step {number}: all {len(rollouts)} responses"
-        if rollouts and all(r.finish_reason == "length" for r in rollouts):
+        cut, empty = sum(r.finish_reason == "length" for r in rollouts), sum(map(is_empty, rollouts))
+        if rollouts and cut == len(rollouts):
             yield (
                 f"warning: {where} were cut at rollout.max_new_tokens={self._rollout.max_new_tokens}, none ended by "
                 f"itself. The student may not know yet how to end, or its end-of-turn token is not among the ids that "
                 f"stop its engine: compare the chat template with rollout.stop_ids"
             )
-        elif rollouts and all(is_empty(r) for r in rollouts):
+        elif rollouts and empty == len(rollouts):
             yield (
                 f"warning: {where} are empty: the end came at once. The prompt may end with an end-of-sequence token, "
                 f"or the chat template may add no header for the assistant's turn"
+            )
+        elif rollouts and cut + empty == len(rollouts):
+            yield (
+                f"warning: step {number}: {cut} of {len(rollouts)} responses were cut at rollout.max_new_tokens="
+                f"{self._rollout.max_new_tokens} and {empty} are empty: none is a whole answer"
             )
         every = self._rollout.show_every
         if rollouts and every is not None and (number == 1 or number % every == 0):

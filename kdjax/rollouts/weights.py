@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from bridge.client import RemoteEngine
+from bridge.errors import EngineError
 from kdjax.models import hf_tensors
 
 
@@ -27,9 +31,7 @@ class EngineTensors:
         self._device = min(home.addressable_devices, key=lambda device: device.local_hardware_id)
         on_gpus = self._device.platform == "gpu" and engine_device == "cuda"
         self.gpu = self._device.local_hardware_id if on_gpus else None
-        self._gather = None
-        if isinstance(home, NamedSharding) and home.num_devices > 1:
-            self._gather = jax.jit(lambda x: x, out_shardings=NamedSharding(home.mesh, P()))
+        self._gather = _gather(home.mesh) if isinstance(home, NamedSharding) and home.num_devices > 1 else None
         self.last = "the first tensor"
 
     def __iter__(self) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
@@ -42,3 +44,36 @@ class EngineTensors:
         if self._gather is not None:
             x = self._gather(x)
         return next(piece.data for piece in x.addressable_shards if piece.device == self._device)
+
+
+def send(
+    engine: RemoteEngine,
+    model: nnx.Module,
+    *,
+    version: int,
+    whose: Literal["student", "teacher"],
+    label: tuple[str, int],
+    bucket_bytes: int,
+) -> None:
+    """Give ``engine`` the weights of ``model`` as of step ``version``; ``label`` is what it then ``holds``.
+
+    Raises EngineError that says ``whose`` they are and names the tensor where it broke off.
+    """
+    tensors = EngineTensors(model, engine.spec.dtype, engine_device=engine.spec.device)
+    try:
+        engine.update_weights(tensors, version=version, bucket_bytes=bucket_bytes, label=label, gpu=tensors.gpu)
+    except EngineError as error:
+        raise EngineError(
+            f"the {whose}'s weights of step {version} did not reach its engine, it broke off at {tensors.last}: {error}"
+        ) from None
+
+
+def student_label(version: int) -> tuple[str, int]:
+    """What an engine ``holds`` that runs the student as of step ``version``."""
+    return "student", version
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """A copy on every device of ``mesh``; one function for all syncs, so that only the first one compiles."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))

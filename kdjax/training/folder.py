@@ -133,7 +133,7 @@ class RunFolder:
         if (self.path / _ASIDE).exists():  # it had only been tried
             self._put_back({LOCK, LOG})
         self._move_back()
-        recover_exports(self.path)
+        recover_exports(self.path, WRITTEN)
 
     def _check(self, config: Config) -> None:
         known, saved = self.path / KNOWN, self.path / "checkpoints"

@@ -22,7 +22,6 @@ from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.errors import UserError
 from kdjax.models import load_model
-from kdjax.models.attention import MASKED
 from kdjax.training.about import machine, note, now
 from kdjax.training.best import BEST, Best, read_best, write_best
 from kdjax.training.blame import blame
@@ -41,6 +40,11 @@ from kdjax.training.step import make_step
 from kdjax.training.student import export_student, make_student
 
 TEACHER = "teacher"  # the name of a self-teacher among what is saved
+MASKED = (
+    "warning: student.attention=cudnn with data.packing: the kernel takes no segments, so packed documents are kept "
+    "apart by a mask of data.max_len² entries a row; with data.packing=false (and train.tokens_per_batch, but for "
+    "rollouts) it needs none"
+)
 
 
 @dataclass

@@ -7,7 +7,7 @@ says; after export, transformers' log-probabilities are compared with the studen
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,7 @@ def check_end(tokenizer: Any, config: Any, stop_ids: set[int]) -> list[str]:
 
     Raises UserError when it is a special token and does not.
     """
-    shown = _shown(make_encoder(config.data, tokenizer))
+    shown = _shown(_turn_encoder(config, tokenizer))
     if shown is None or shown.end in stop_ids:
         return []
     name = tokenizer.convert_ids_to_tokens(shown.end)
@@ -148,19 +148,16 @@ def check_end(tokenizer: Any, config: Any, stop_ids: set[int]) -> list[str]:
 
 def check_templates(stream: Any) -> list[str]:
     """What a person should know about how teacher and student read one conversation; nothing for plain text."""
-    templated = stream.students is not None or any(
-        not document.loss[1:].all() for document in stream.documents(SAMPLE_DOCUMENTS)
-    )
-    return compare_templates(stream.tokenizer, stream.config) if templated else []
+    return compare_templates(stream.tokenizer, stream.config) if stream.data.templated else []
 
 
 def compare_templates(tokenizer: Any, config: Any) -> list[str]:
     """Where the template that the teacher reads by, or else the one it came with, parts from the student's."""
-    encoder = make_encoder(config.data, tokenizer)
+    encoder = _turn_encoder(config, tokenizer)
     own, teacher = encoder.teacher, tokenizer
     if own is None:
         teacher = load_tokenizer(config.teacher.path)
-    ours, theirs = _shown(encoder), _shown(own or make_encoder(config.data, teacher))
+    ours, theirs = _shown(encoder), _shown(own or _turn_encoder(config, teacher))
     if ours is None:
         return []
     if theirs is None:
@@ -196,6 +193,11 @@ class _Shown(NamedTuple):
     asked: np.ndarray
     answered: np.ndarray
     end: int
+
+
+def _turn_encoder(config: Any, tokenizer: Any) -> Encoder:
+    """The encoder of the run, but that the mask shows where the assistant's turn ends, whatever is trained on."""
+    return make_encoder(replace(config.data, train_on="assistant"), tokenizer)
 
 
 def _shown(encoder: Encoder) -> _Shown | None:

@@ -23,7 +23,7 @@ class Profiler:
         self.first = max(done + 2, min(done + 1 + WARM_UP, last - steps + 1))
         self.last = min(last, self.first + steps - 1)
         self._folder, self._tell = folder, tell
-        self._tracing = False
+        self._tracing, self._newest = False, 0
         if steps and self.first > last:
             tell("log.profile: no step is left to trace; the first of a run compiles")
 
@@ -34,6 +34,7 @@ class Profiler:
             options.python_tracer_level = 0  # every Python call would slow the steps down and swamp the trace
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._tracing = True
+        self._newest = number
         return jax.profiler.StepTraceAnnotation("step", step_num=number)
 
     def done(self, number: int) -> None:
@@ -42,13 +43,15 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """End a trace that is being taken, also where the run stops before its last step."""
+        """End a trace that is being taken, also where the run stops or fails before its last step."""
         if not self._tracing:
             return
         self._tracing = False
         jax.profiler.stop_trace()
-        trace = max(self._folder.glob("plugins/profile/*/*.trace.json.gz"))
-        self._tell(f"trace of steps {self.first} to {self.last}: open {trace} at https://ui.perfetto.dev")
+        trace = max(self._folder.glob("plugins/profile/*/*.trace.json.gz"), default=None)
+        if trace is not None:
+            last = min(self._newest, self.last)
+            self._tell(f"trace of steps {self.first} to {last}: open {trace} at https://ui.perfetto.dev")
 
     def __enter__(self) -> Profiler:
         return self

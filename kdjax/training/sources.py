@@ -34,7 +34,7 @@ from kdjax.data import (
 )
 from kdjax.data.budget import TokenBudget
 from kdjax.data.files import refuse_missing
-from kdjax.data.prepare import first_documents
+from kdjax.data.prepare import first_documents, open_sources
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.rollouts.engines import StudentEngines
@@ -45,7 +45,7 @@ from kdjax.rollouts.turns import WEIGHTS, Turns
 from kdjax.sharding import BATCH_AXES, data_shards, make_mesh
 from kdjax.training.ahead import Ahead
 from kdjax.training.step import Parked, Step
-from kdjax.training.student import student_vocabulary, tokenizer_path
+from kdjax.training.student import student_shape, tokenizer_path
 from kdjax.training.teacher import TeacherEngine
 
 LOG_RATIO = "rollout/kl"
@@ -86,13 +86,15 @@ class Stream:
         self._exit = ExitStack()
         self.engine: TeacherEngine | None = None
         self._worker: Ahead[tuple[HostBatch, Lease | None, dict[str, float]]] | None = None
+        self._sender: Ahead[bool] | None = None
         self._begun = False  # whether batches are being made
         self._taken: DeviceBatch | None = None
         self._step: Step | None = None
         self.turns, self._waits = Turns(), Waits()
         self.self_teacher: SelfTeacher | None = None
         self.teachers: tuple[Teacher, ...] = ()
-        self._shape = dict(batch=rows, shards=self.shards, vocab_size=student_vocabulary(config))
+        self._student_ids = student_shape(config).vocab_size
+        self._shape = dict(batch=rows, shards=self.shards, vocab_size=self._student_ids)
         try:
             self._open(log or Path(config.output) / "engine.log")
         except BaseException:
@@ -153,9 +155,11 @@ class Stream:
             if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
             self._produced, self._begun = 0 if self._step is None else self._step.number, True
-            self._worker, self._sender = Ahead(self._produce, self._lookahead), Ahead(self._send, 0)
+            self._worker = Ahead(self._produce, self._lookahead)
             self._exit.callback(self._worker.stop)
-            self._exit.callback(self._sender.stop)
+            if self.students is not None:
+                self._sender = Ahead(self._send, 0)
+                self._exit.callback(self._sender.stop)
         self._look_back()
         with self._waits.waiting():
             synced = self._follow(give_up)
@@ -186,20 +190,26 @@ class Stream:
             self.engine.remote.wait_ready()
             self.turns.join("teacher", [self.engine.remote])
         if isinstance(self.data, RolloutStream):
-            known = valid_ids(self.tokenizer, student_vocabulary(config))
+            known = valid_ids(self.tokenizer, self._student_ids)
             end = self.tokenizer.eos_token_id
             self.data.engines = StudentEngines(
                 config,
                 step,
                 Path(config.output),
+                tell=self._tell,
                 banned_ids=np.flatnonzero(~known).tolist(),
                 stop_ids=[] if end is None else [end],
                 shared=None if config.rollout.engines else self.engine.remote,
             )
         if config.teacher.update_every is not None:
-            every, decay = config.teacher.update_every, config.teacher.ema_decay
-            head = self.teachers[0].head
-            self.self_teacher = SelfTeacher(step, self.engine.remote, head, every=every, decay=decay)
+            self.self_teacher = SelfTeacher(
+                step,
+                self.engine.remote,
+                self.teachers[0].head,
+                every=config.teacher.update_every,
+                decay=config.teacher.ema_decay,
+                bucket_bytes=config.rollout.bucket_bytes,
+            )
             self._exit.callback(self.self_teacher.close)
         if config.colocate and self.students is not None:
             self.students.wait_ready()
@@ -219,7 +229,7 @@ class Stream:
         start = time.perf_counter()
         if self.self_teacher is not None:
             self.self_teacher.follow()
-        if self.students is not None and self._sender.take(give_up) is None:
+        if self._sender is not None and self._sender.take(give_up) is None:
             return None
         follows = self.self_teacher is not None or self.students is not None
         return {"sync": time.perf_counter() - start} if follows else {}
@@ -267,14 +277,13 @@ class Stream:
     def documents(self, count: int, *, held_out: bool = False) -> list[Document]:
         """At most ``count`` usable documents, equally many from the start of each training or held-out source.
 
-        Rows are read until they are found; fewer come from a source that has no more.
+        Rows are tokenized until they are found; fewer come from a source that has no more.
         """
-        if isinstance(self.data, RolloutStream) and not held_out:
+        if not held_out:
             return self.data.sample(count)
-        data = replace(self.config.data, train_on="assistant") if held_out else self.config.data
-        sources = data.eval if held_out else data.train
-        share, sizes = -(-count // max(1, len(sources))), (data.max_len, self._shape["vocab_size"])
-        return first_documents(sources, data, self.tokenizer, share, *sizes)[:count]
+        data = replace(self.config.data, train_on="assistant")
+        sizes = {"max_len": data.max_len, "vocab_size": self._shape["vocab_size"]}
+        return first_documents(open_sources(data.eval, data, self.tokenizer, **sizes, seed=0), count)
 
     def gauges(self) -> dict[str, float]:
         """Numbers about the teacher's pool and engine; see TeacherEngine."""
@@ -330,8 +339,8 @@ class Stream:
         """No batch is wanted any more, and the step is about to be saved, which nobody may be moving then."""
         if "parameters" in self.config.train.offload:
             self._kill_engines()
-            self._sender.join()
-            self._worker.join()
+            for thread in filter(None, (self._sender, self._worker)):
+                thread.join()
 
     def _kill_engines(self) -> None:
         if self.engine is not None:

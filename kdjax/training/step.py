@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from kdjax.algorithms.base import Frozen, Term
 from kdjax.data.batch import Batch
+from kdjax.errors import UserError
 from kdjax.losses import Head
 
 Metrics = dict[str, jax.Array]
@@ -47,6 +48,11 @@ class Step:
         offload: Collection[str] = (),
     ) -> None:
         self.model, self.algorithm, self.mesh = model, algorithm, mesh or _mesh_of(model)
+        if jax.tree.leaves(nnx.state(algorithm, nnx.RngState)):
+            raise UserError(
+                f"distill.algorithm: {type(algorithm).__name__} keeps random numbers (nnx.Rngs), which would be the "
+                f"same at every step; use what it is given for its parameters' initial values alone"
+            )
         self.number, self.lock = 0, threading.Lock()
         self._graphs, params, self._frozen = _split(model, algorithm)
         replicated = NamedSharding(self.mesh, P())

@@ -16,12 +16,22 @@ from kdjax.models import ModelConfig, export_hf, load_model
 from kdjax.sharding import Rules
 
 
-def student_vocabulary(config: Config) -> int:
-    """V of the student, read from its configuration alone."""
+def student_shape(config: Config) -> ModelConfig:
+    """The student's numbers, read from its configuration alone.
+
+    Raises UserError where there is none, or where it has too few positions for ``data.max_len``.
+    """
     path, changes = _path(config), dict(config.student.config)
     if path is None:
-        return ModelConfig.from_hf(changes, "student.config").vocab_size
-    return ModelConfig.from_folder(resolve(path, weights=False), **changes).vocab_size
+        shape = ModelConfig.from_hf(changes, "student.config")
+    else:
+        shape = ModelConfig.from_folder(resolve(path, weights=False), **changes)
+    if config.data.max_len > shape.max_position_embeddings:
+        raise UserError(
+            f"data.max_len={config.data.max_len} is beyond the student's {shape.max_position_embeddings} positions; "
+            f"lower it, or with student.init=random raise student.config.max_position_embeddings"
+        )
+    return shape
 
 
 def tokenizer_path(config: Config) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +18,11 @@ from bridge.engine import Prefill
 from bridge.hidden_pool import HiddenPool, Lease
 from kdjax.config import Config
 from kdjax.data import HostBatch
-from kdjax.engines import engine_device, engine_dtype, sleeping
+from kdjax.engines import Revived, engine_device, engine_dtype, engine_options, sleeping
 from kdjax.errors import UserError
 from kdjax.folders import resolve
-from kdjax.models import teacher_head
+from kdjax.models import teacher_head, teacher_shape
 from kdjax.sharding import BATCH_AXES, Rules, data_shards
-from kdjax.training.revive import Revived
 
 LEAST_ROWS = 1024  # of a pool, so that the preflight's sample fits whatever the batch
 ALIGNMENT_ROWS = 64  # enough to align the next lease
@@ -47,12 +44,12 @@ class TeacherEngine:
 
     def __init__(self, config: Config, mesh: Mesh, *, slots: int, log: Path, tell: Callable[[str], None]) -> None:
         teacher, self.mesh, shards = config.teacher, mesh, data_shards(mesh)
-        folder, device = resolve(teacher.path), engine_device()
-        dtype = engine_dtype(teacher.dtype, device)
-        self.head, model = teacher_head(folder, mesh=mesh, rules=Rules(), dtype=dtype)
+        model, device = teacher_shape(teacher.path), engine_device()
         self.vocab_size, limit = model.vocab_size, model.max_position_embeddings
         if limit is not None and config.data.max_len > limit:
             raise UserError(f"data.max_len={config.data.max_len} is beyond the teacher's {limit} positions; lower it")
+        folder, dtype = resolve(teacher.path), engine_dtype(teacher.dtype, device)
+        self.head = teacher_head(folder, mesh=mesh, rules=Rules(), dtype=dtype)
         self.before: Callable[[], None] = lambda: None
         self.restarted: Callable[[RemoteEngine], None] = lambda engine: None
         self._timeout, self._slots = teacher.timeout, slots
@@ -81,7 +78,7 @@ class TeacherEngine:
                     threads=teacher.threads,
                     start_timeout=teacher.start_timeout,
                     call_timeout=teacher.timeout,
-                    options=engine_options(config, sleeping(config, device)),
+                    options=engine_options(teacher, sleeping(config, device)),
                     wait=False,
                 )
             except ValueError as error:
@@ -165,21 +162,6 @@ class TeacherEngine:
             array, lease = self._lent.popleft()
             if not np.isnan(array):
                 lease.release()
-
-
-def engine_options(config: Config, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """SGLang's arguments that have keys of their own, ``more``, then the user's; plain transformers has only these."""
-    teacher = config.teacher
-    if teacher.engine != "sglang":
-        return dict(teacher.args)
-    named = dict(
-        tp_size=teacher.tp,
-        pp_size=teacher.pp,
-        ep_size=teacher.ep,
-        quantization=teacher.quantization,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-    return named | dict(more) | dict(teacher.args)
 
 
 def _gpus_of_shards(mesh: Mesh, shards: int) -> list[list[int]]:
