@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.naive import DIVERGENCES, JAX, torch_library
 from benchmarks.record import record
-from benchmarks.timing import SECONDS, in_turns, peak_bytes
+from benchmarks.timing import SECONDS, in_turns, peak_bytes, quotient
 from kdjax.losses import linear_divergence
 
 RESULT = Path(__file__).resolve().parent / "results" / "fused_loss.json"
@@ -113,7 +113,7 @@ def measure(
     if max(values.values()) - min(values.values()) > AGREE * abs(values["fused"]):
         raise ArithmeticError(f"{divergence} at {shape}: the programs disagree: {values}")
     if "naive" in programs:
-        result["time_ratio"] = result["fused"]["seconds"] / result["naive"]["seconds"]
+        result["time_ratio"] = quotient(result["fused"]["repetitions"], result["naive"]["repetitions"])
     result["memory_ratio"] = result["fused"]["temporary_bytes"] / result["naive"]["temporary_bytes"]
     return result
 
@@ -123,7 +123,8 @@ def show(title: str, result: dict[str, Any]) -> None:
     for name in ("fused", "naive", "torch"):
         it = result.get(name, {})
         if "seconds" in it:
-            ratios = f"fused / it: time {ours['seconds'] / it['seconds']:.2f}, peak memory "
+            ratio = quotient(ours["repetitions"], it["repetitions"])["ratio"]
+            ratios = f"fused / it: time {ratio:.2f}, peak memory "
             ratios += f"{ours['peak_bytes'] / max(1, it['peak_bytes']):.3f}"
             time, peak = f"{it['seconds']:9.4f} s ± {it['spread']:.0%}", f"{it['peak_bytes'] / 1e6:8.0f} MB"
             print(f"{title:24} {name:6} {time} {peak}  {ratios}", flush=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import kdjax.engines
+from bridge.engine import Sampling
 from kdjax.config import from_dict
 from kdjax.engines import engine_device, engine_dtype, engine_options, sleeping
 from kdjax.rollouts.engines import StudentEngines
@@ -60,13 +61,15 @@ def test_each_of_the_students_engines_has_gpus_of_its_own(student, monkeypatch, 
     assert [options.get("base_gpu_id", 0) for options in started] == [first, first + stride, first + 2 * stride]
 
 
-def test_a_teachers_engine_that_also_writes_never_samples_the_students_padding(student, tmp_path):
+def test_the_students_sampling_is_as_configured_and_never_padding_in_the_teachers_engine_too(student, tmp_path):
     values = {"teacher": {"path": "t", "update_every": 1}, "student": {"path": "t"}, "data": DATA}
-    config = from_dict(values | {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": {"engines": 0}})
+    cut = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_new_tokens": 6}
+    rollout = cut | {"engines": 0, "stop_ids": [4]}
+    config = from_dict(values | {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": rollout})
     asked = []
     shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(-1), pid=1)
     shared.generate = lambda prompts, sampling: asked.append(sampling) or []
     step = SimpleNamespace(model=None)
     engines = StudentEngines(config, step, tmp_path, tell=print, banned_ids=[7, 9], shared=shared)
     engines.generate([np.array([1], np.int32)], [3])
-    assert asked[0].banned_ids == (7, 9) and asked[0].seeds == (3,)
+    assert asked == [Sampling(**cut, stop_ids=(4,), banned_ids=(7, 9), seeds=(3,))]

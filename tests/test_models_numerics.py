@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kdjax.errors import UserError
 from kdjax.models import hf_tensors, load_model
+from kdjax.models.attention import causal_attention
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -39,6 +40,19 @@ def run(model, *args, **kwargs):
 
 def _logits(model, *args, **kwargs):
     return model.logits(model(*args, **kwargs))
+
+
+@pytest.mark.parametrize("segments", [None, np.array([[1, 1, 2, 2, 0]])])
+def test_what_cudnn_is_asked_for(monkeypatch, segments):
+    """a GPU's kernel: causality is its own, and only segments reach it as a mask"""
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **options: asked.append((args, options)))
+    causal_attention("q", "k", "v", segments, implementation="cudnn")
+    ((args, options),) = asked
+    mask = options.pop("mask")
+    assert args == ("q", "k", "v") and options == {"is_causal": True, "implementation": "cudnn"}
+    apart = None if segments is None else (segments[0] == segments[0][:, None])[None, None].tolist()
+    assert (None if mask is None else mask.tolist()) == apart
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -53,6 +53,9 @@ def test_the_student_learns_from_its_own_words(on_policy_values, tmp_path):
     assert len(metrics(run)) == 12 and np.mean(metrics(run, "kd")[-3:]) < np.mean(metrics(run, "kd")[:3])
     assert max(metrics(run, "rollout/k3")) < 1e-6  # float32 on both sides
     assert metrics(run, "rollout/staleness") == [0.0] * 12
+    assert len(metrics(run, "rollout/entropy")) == len(metrics(run, "rollout/overlap")) == 12
+    assert 0 < min(metrics(run, "rollout/entropy")) and 0 <= min(metrics(run, "rollout/overlap"))
+    assert max(metrics(run, "rollout/overlap")) <= 1
     assert max(metrics(run, "rollout/hidden")) < 0.05  # in turn: nothing is hidden behind training
     for number, kl in zip(range(1, 13), metrics(run, "rollout/kl"), strict=True):
         written = rollouts(run, number)
@@ -159,6 +162,7 @@ def test_two_engines_and_turns_give_the_same_run(on_policy_values, tmp_path, loc
 def test_rows_of_the_data_are_mixed_in(on_policy_values, tmp_path):
     on_policy_values["distill"] |= {"on_policy_fraction": 0.5, "kd_ratio": 0.7}
     on_policy_values["data"]["max_len"] = 400
+    on_policy_values["rollout"]["temperature"] = 0.7  # at which both sides say how likely a token was
     go(on_policy_values)
     assert max(metrics(tmp_path / "run", "ce")) > 1
     assert max(metrics(tmp_path / "run", "rollout/k3")) < 1e-6

@@ -11,20 +11,26 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_gpu
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+import bridge.hidden_pool
+import bridge.pool_rows
 from benchmarks.pool import canary, faults, under_fire
 from benchmarks.pool_side import checksum as summed
 from bridge.cuda import gpus
 from bridge.dlpack import DLPackView, _held
 from bridge.errors import EngineError
 from bridge.hidden_pool import SHARED, Block, HiddenPool, PoolSpec, sweep
-from bridge.pool_rows import assigned
+from bridge.pool_rows import PoolRows, assigned
+from kdjax.sharding import make_mesh
+from kdjax.training.teacher import TeacherEngine, _gpus_of_shards
 
 
 @pytest.fixture
@@ -373,6 +379,40 @@ def test_ranks_write_the_blocks_on_their_own_gpus():
     assert assigned(blocks, 1, ["c", "a"]) == [(blocks[0], 0), (blocks[1], 1), (blocks[3], 1)]
     alone = assigned(blocks, 0, ["x"])
     assert [block for block, _ in alone] == blocks and [number for _, number in alone] == [0, 1, 0, 1]
+
+
+def test_rows_on_gpus_lie_where_they_are_read_and_count_once_they_are_there(monkeypatch):
+    """data 2 × tensor 2: each shard's rows on two GPUs, written by ranks on the first of each, in the host's memory"""
+    names, mesh, waits = ["a", "b", "c", "d"], make_mesh(2, 1, 2, devices=jax.devices()[:4]), []
+    for module in (bridge.hidden_pool, bridge.pool_rows):
+        fake_gpu.play(monkeypatch, module, names)
+    monkeypatch.setattr("kdjax.training.teacher.jax.default_backend", lambda: "gpu")
+    on = _gpus_of_shards(mesh, 2)
+    assert on == [[0, 1], [2, 3]]
+    counts, rows = (5, 8), [torch.randn(count, 16) for count in (5, 8)]
+    with HiddenPool.create(rows=64, width=16, dtype="float32", parts=2, on=on) as pool:
+        stream = SimpleNamespace(synchronize=lambda: waits.append(int(pool._stamps.sum())))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        assert [(block.part, block.gpu) for block in pool.spec.blocks] == [(0, "a"), (0, "b"), (1, "c"), (1, "d")]
+        with pool.lease([8], timeout=1), pool.lease([8, 8], timeout=1) as lease:
+            ranges = list(zip(lease.starts, counts, strict=True))
+            pool.expect(ranges)
+            for rank, missing in ((0, [5, 8]), (1, [0, 0])):  # of a, and of b, c and d
+                writer = PoolRows(PoolSpec.of(asdict(pool.spec)), rank, ["a", "c"])
+                for start, piece in zip(lease.starts, rows, strict=True):
+                    writer.write(start, piece)
+                writer.finish()
+                assert pool.missing(ranges) == missing
+            assert waits == [0, 5]  # what a rank has written counts only behind its wait
+            array = TeacherEngine.view(SimpleNamespace(mesh=mesh, pool=pool), lease, (1, 2, 8))
+            for piece in array.addressable_shards:
+                home = pool._allocations[piece.device.local_hardware_id]
+                offset = piece.data.unsafe_buffer_pointer() - home.address
+                assert 0 <= offset and offset + piece.data.nbytes <= home.size
+                shard = piece.index[1].start // 8
+                assert np.array_equal(piece.data[0, : counts[shard]], rows[shard])
+            with pytest.raises(ValueError, match="lies in part 0 of the pool, which GPU 2 does not hold"):
+                lease.view(0, device=2)
 
 
 def test_gpu_memory_without_a_gpu_is_refused():

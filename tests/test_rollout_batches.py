@@ -213,7 +213,8 @@ def test_a_reward_sees_the_last_message_the_response_and_the_row(tmp_path):
     made = source(tmp_path, rollout={"reward": f"{tmp_path}/mine.py:seen", "baseline": "none", "prompts": 1})
     ids = plain().encode("it is 7 .", add_special_tokens=False)
     made.engines.generate = lambda prompts, seeds: [completion([*ids, END])]
-    next(made)
+    batch = next(made).batch
+    assert batch.extras["advantage"].tolist() == batch.mask.astype(float).tolist()  # what the loss weighs tokens by
     assert (tmp_path / "mine.py.seen").read_text() == "and 3?|it is 7 .|7|x\n"
 
 

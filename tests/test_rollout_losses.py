@@ -92,22 +92,39 @@ def test_values_and_gradients_are_those_of_float64(signal, temperature, clip, kd
     np.testing.assert_allclose(grads[1], r["hidden"].T @ slope, atol=1e-4)
 
 
-def test_a_divergence_falls_on_every_row_and_cross_entropy_on_the_data_alone():
+def brier(student_logits, teacher_logits, *, temperature=1.0):
+    """one's own: the squared distance of the two distributions"""
+    q, p = (jax.nn.softmax(logits / temperature) for logits in (student_logits, teacher_logits))
+    return jnp.square(q - p).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "of"),
+    [
+        ("rkl", lambda q, p: (q * np.log(q / p), np.log(q / p))),
+        (brier, lambda q, p: ((q - p) ** 2, 2 * (q - p))),
+    ],
+)
+def test_a_divergence_falls_on_every_row_and_cross_entropy_on_the_data_alone(divergence, of):
+    """of: the divergence's terms, and its slope in q up to a constant"""
     r = rows(1)
-    divergence = find_divergence("rkl")
+    divergence = find_divergence(divergence)
     values = DivergenceOnRollouts(divergence, (("temperature", 1.0),), 0.6, Sampled(1.0, 2.0))
     total, by_row, grads = evaluate(values, r)
     z, t = r["hidden"] @ r["head"], r["teacher_hidden"] @ r["teacher_head"]
     log_q, log_p = log_softmax(z), log_softmax(t)
     q = np.exp(log_q)
-    kd = (q * (log_q - log_p)).sum(-1)
+    terms, in_q = of(q, np.exp(log_p))
+    kd = terms.sum(-1)
     gap = log_q[np.arange(N), r["labels"]] - r["behaviour_logprobs"]
     w = np.where(r["on_policy"] > 0, np.minimum(np.exp(gap), 2.0), 1.0)
     ce_share = 0.4 * (1 - r["on_policy"])
     loss = 0.6 * w * kd - ce_share * log_q[np.arange(N), r["labels"]]
     assert float(total) == pytest.approx(loss[r["mask"]].sum(), rel=1e-5)
     np.testing.assert_allclose(by_row["kd"], np.where(r["mask"], kd, 0), atol=1e-5)
-    slope = (0.6 * w)[:, None] * q * (log_q - log_p - kd[:, None]) + ce_share[:, None] * (q - np.eye(V)[r["labels"]])
+    slope = (0.6 * w)[:, None] * q * (in_q - (q * in_q).sum(-1, keepdims=True)) + ce_share[:, None] * (
+        q - np.eye(V)[r["labels"]]
+    )
     slope *= r["mask"][:, None]
     np.testing.assert_allclose(grads[0], slope @ r["head"].T, atol=1e-4)
 

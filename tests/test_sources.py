@@ -2,14 +2,18 @@
 
 import threading
 import time
+from collections import deque
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_tools import wait_until
 
+from bridge.hidden_pool import HiddenPool
 from kdjax.config import from_dict
 from kdjax.training.sources import Stream
+from kdjax.training.teacher import TeacherEngine
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
@@ -74,3 +78,38 @@ def test_the_teacher_is_ahead_of_the_student_by_what_is_asked(run_values, local_
         time.sleep(0.2)
         assert engine.calls.count("prefill") == 1 + lookahead
         batch.release_after(jnp.zeros(()))
+
+
+class Number:
+    """What a step puts out: not ready until somebody waits for it, or the step is done."""
+
+    def __init__(self, waited, value=0.0):
+        self.waited, self.value, self.ready = waited, value, False
+
+    def is_ready(self):
+        return self.ready
+
+    def __array__(self, dtype=None, copy=None):
+        if not self.ready:
+            self.waited.append(self)
+        return np.array(self.value)
+
+
+def test_a_slot_is_leased_again_only_when_the_step_that_read_it_is_done():
+    """Three slots: the third batch may be written beside two steps at work, the fourth waits for the older of them."""
+    waited, nothing = [], SimpleNamespace(batch=SimpleNamespace(rows=np.zeros((1, 1, 4))), documents=())
+    engine = object.__new__(TeacherEngine)
+    engine._lent, engine._slots, engine._slot_rows, engine._timeout = deque(), 3, 16, 0.1
+    with HiddenPool.create(rows=3 * 16, width=16, dtype="float32") as engine.pool:
+        steps, starts = [Number(waited) for _ in range(5)], []
+
+        def batch(number):
+            lease, _ = engine.consult(nothing)
+            starts.append(lease.starts[0])
+            engine.release_after(steps[number], lease)
+            return list(waited)
+
+        assert batch(0) == batch(1) == [] and batch(2) == steps[:1]
+        assert batch(3) == steps[:2] and starts == [0, 16, 0, 16]  # a slot is free for the batch that is taken next
+        steps[2].ready, steps[2].value = True, np.nan  # its rows are looked at
+        assert batch(4) == steps[:2] and starts[4] == 32

@@ -1,61 +1,25 @@
 """Does a bucket of device memory hold what was put in, with one wait a bucketful, and is a sharded model sent whole?
 
-Without a GPU its memory is played by the host's: the same code packs, describes, opens and reads it.
+Without a GPU its memory is played by the host's: see ``fake_gpu``.
 """
-
-import ctypes
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from fake_gpu import Mapping, play
 
 import bridge.weight_sync
-from bridge.dlpack import CPU
 from bridge.weight_sync import DeviceBucket, load_bucket
 from kdjax.models import hf_tensors, load_model
 from kdjax.rollouts.weights import EngineTensors
 from kdjax.sharding import make_mesh
 
-MEMORY = {}
-
-
-class Allocation:
-    """What `bridge.cuda.Allocation` is, on the host. ``log`` tells of copies and waits in order."""
-
-    def __init__(self, ordinal, size, what):
-        self.ordinal, self.size, self.log = ordinal, size, []
-        whole = np.zeros(size + 64, np.uint8)
-        self.bytes = whole[-whole.ctypes.data % 64 :][:size]
-        self.address = self.bytes.ctypes.data
-        MEMORY[self.handle()] = self
-
-    def handle(self):
-        return self.address.to_bytes(64, "little")
-
-    def copy_in(self, offset, source, size):
-        assert 0 <= offset and offset + size <= self.size
-        self.log.append("copy")
-        ctypes.memmove(self.address + offset, source, size)
-
-    def wait(self):
-        self.log.append("wait")
-
-
-class Mapping:
-    opened = 0
-
-    def __init__(self, ordinal, handle):
-        Mapping.opened += 1
-        self.ordinal, self.owner = ordinal, MEMORY[handle]
-        self.address = self.owner.address
-
 
 @pytest.fixture
 def gpu(monkeypatch):
-    for name, value in {"Allocation": Allocation, "Mapping": Mapping, "gpus": lambda: ["a", "b"], "CUDA": CPU}.items():
-        monkeypatch.setattr(bridge.weight_sync, name, value)
+    play(monkeypatch, bridge.weight_sync, ["a", "b"])
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -94,7 +58,7 @@ def test_arrays_cross_a_device_bucket_by_name_and_offset(gpu):
     assert bucket._allocation.log.count("copy") == copies + 1  # and nothing of the update that broke off
 
 
-def test_a_sharded_model_is_gathered_whole_on_one_device(gpu):
+def test_a_sharded_model_is_gathered_whole_on_one_device_a_bucket_at_a_time(gpu, monkeypatch):
     shape = dict(
         architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=96, hidden_size=32, intermediate_size=64,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_act="silu",
@@ -109,8 +73,10 @@ def test_a_sharded_model_is_gathered_whole_on_one_device(gpu):
     on_device = dict(tensors)
     assert {next(iter(x.devices())) for x in on_device.values()} == {jax.devices()[0]}
     assert on_device.keys() == on_host.keys() == dict(hf_tensors(model)).keys()
-    bucket, got = DeviceBucket(8192, 0), {}
+    bucket, got, gathered, whole = DeviceBucket(8192, 0), {}, [], tensors.whole
+    monkeypatch.setattr(tensors, "whole", lambda x: gathered.append(x) or whole(x))
     for entries in bucket.fill(tensors):
+        assert len(gathered) <= len(got) + len(entries) + 1  # of what the bucket has no room for, one tensor at most
         load_bucket(bucket.spec, entries, lambda found: got.update((name, x.clone()) for name, x in found))
     compiled = []
     listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
