@@ -1,9 +1,11 @@
 """SGLang's engine behind our protocol: request ids out, rows in the pool; failures it returns as values are raised."""
 
+import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
@@ -64,16 +66,35 @@ class SGLangEngine:
         self.max_tokens = int(self._engine.get_server_info()["max_req_input_len"]) - 1
         # With the first request SGLang installs a handler that tries py-spy and core dumps for seconds before it goes.
         signal.signal(signal.SIGQUIT, child_failed)
+        self._spec, self._replicas = spec, replicas(spec)
         self._calls = 0
         self._updating = False
 
     def prefill(self, prompts: Sequence[Prefill]) -> None:
         self._calls += 1
-        self._request(
-            [prompt.ids for prompt in prompts],
-            {"max_new_tokens": 0, "temperature": 0.0},
-            rid=[request_id(self._calls, index, p.row, p.spans) for index, p in enumerate(prompts)],
-        )
+        rids = [request_id(self._calls, index, p.row, p.spans) for index, p in enumerate(prompts)]
+        nothing = {"max_new_tokens": 0, "temperature": 0.0}
+        if not self._replicas:
+            self._request([prompt.ids for prompt in prompts], nothing, rid=rids)
+            return
+        shares: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            shares.setdefault(self._replicas[prompt.row // self._spec.pool.part_rows], []).append(index)
+
+        async def ask() -> list[list[dict[str, Any]]]:
+            asked = (
+                self._engine.async_generate(
+                    input_ids=[prompts[index].ids.tolist() for index in share],
+                    sampling_params=nothing,
+                    rid=[rids[index] for index in share],
+                    routed_dp_rank=replica,
+                )
+                for replica, share in shares.items()
+            )
+            return await asyncio.gather(*asked)
+
+        for share, answers in zip(shares.values(), self._engine.loop.run_until_complete(ask()), strict=True):
+            _raise_given_up(zip(share, answers, strict=True))
 
     def score(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
         answers = self._request(
@@ -146,11 +167,30 @@ class SGLangEngine:
         answers = self._engine.generate(
             input_ids=[prompt.tolist() for prompt in prompts], sampling_params=sampling_params, **more
         )
-        for index, answer in enumerate(answers):
-            reason = answer["meta_info"]["finish_reason"]
-            if reason is not None and reason["type"] not in ("stop", "length"):
-                raise EngineError(f"SGLang gave up prompt {index}: {reason.get('message', reason)}")
+        _raise_given_up(enumerate(answers))
         return answers
+
+
+def replicas(spec: EngineSpec) -> tuple[int, ...]:
+    """for each part of the pool which of SGLang's data-parallel replicas writes it; empty where there is only one
+
+    It is the one whose GPUs hold the part, found by UUID, so that rows cross between GPUs no more than they must. Parts
+    on GPUs without a replica, and those in host memory, are shared out evenly.
+    """
+    options, pool = spec.options, spec.pool
+    count = options.get("dp_size", 1)
+    if pool is None or count == 1 or options.get("enable_dp_attention"):  # then they share GPUs, and SGLang routes
+        return ()
+    names, first, size = gpus() if pool.blocks else [], options.get("base_gpu_id", 0), _gpus_a_replica(spec)
+    of = {name: (number - first) // size for number, name in enumerate(names) if 0 <= number - first < count * size}
+    found: dict[int, int] = {}
+    for part in range(pool.parts):
+        if homes := Counter(of[block.gpu] for block in pool.blocks if block.part == part and block.gpu in of):
+            found[part] = homes.most_common(1)[0][0]
+    for part in (part for part in range(pool.parts) if part not in found):
+        parts = Counter(found.values())
+        found[part] = min(range(count), key=lambda replica, parts=parts: parts[replica])
+    return tuple(found[part] for part in range(pool.parts))
 
 
 def no_detokenizer(*_: object) -> None:
@@ -165,7 +205,7 @@ def _memory(spec: EngineSpec) -> dict[str, float]:
     if spec.mem_fraction is None or "mem_fraction_static" in spec.options:
         return {}
     first = spec.options.get("base_gpu_id", 0)
-    count = spec.options.get("tp_size", 1) * spec.options.get("pp_size", 1)
+    count = _gpus_a_replica(spec) * (1 if spec.options.get("enable_dp_attention") else spec.options.get("dp_size", 1))
     if first >= len(gpus()):
         raise EngineError(f"GPU {first} is to run the engine, and this process sees {len(gpus())}")
     free, total, ordinal = min((*memory(i), i) for i in range(first, min(first + count, len(gpus()))))
@@ -176,6 +216,10 @@ def _memory(spec: EngineSpec) -> dict[str, float]:
             f"{free / 2**30:.1f} GiB free: lower it, or JAX's share (XLA_PYTHON_CLIENT_MEM_FRACTION)"
         )
     return {"mem_fraction_static": wanted / free}
+
+
+def _gpus_a_replica(spec: EngineSpec) -> int:
+    return spec.options.get("tp_size", 1) * spec.options.get("pp_size", 1)
 
 
 def _hooks(pool: PoolSpec | None) -> list[dict[str, Any]]:
@@ -193,6 +237,14 @@ def _completion(answer: dict[str, Any], version: int) -> Completion:
         finish_reason=meta["finish_reason"]["type"],
         version=version,
     )
+
+
+def _raise_given_up(answers: Iterable[tuple[int, dict[str, Any]]]) -> None:
+    """SGLang says in an answer that it has none; each comes with the number of its prompt"""
+    for index, answer in answers:
+        reason = answer["meta_info"]["finish_reason"]
+        if reason is not None and reason["type"] not in ("stop", "length"):
+            raise EngineError(f"SGLang gave up prompt {index}: {reason.get('message', reason)}")
 
 
 def _raise_failure(what: str, result: Any) -> None:

@@ -51,6 +51,7 @@ def engine_options(
     if isinstance(group, TeacherConfig):
         named |= dict(
             pp_size=group.pp,
+            dp_size=group.dp,
             ep_size=group.ep,
             quantization=group.quantization,
             trust_remote_code=group.trust_remote_code,

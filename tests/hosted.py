@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from bridge.sglang_engine import SGLangEngine
+from bridge.engine import EngineSpec
+from bridge.sglang_engine import SGLangEngine, replicas
 
 
-def hosted(fake: Any) -> SGLangEngine:
+def hosted(fake: Any, spec: EngineSpec = EngineSpec("sglang", "model", "float32", "cpu")) -> SGLangEngine:
     """what drives SGLang, over ``fake``, which answers as ``sglang.Engine`` would"""
     made = object.__new__(SGLangEngine)
     made._engine, made._calls, made._updating = fake, 0, False
+    made._spec, made._replicas = spec, replicas(spec)
     return made

@@ -1,5 +1,6 @@
 """What is SGLang's engine asked for, and in which order? Its two generations of weight updates, and its samplings."""
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from hosted import hosted
 
 import bridge.sglang_engine
-from bridge.engine import EngineSpec, Sampling
+from bridge.engine import EngineSpec, Prefill, Sampling
 from bridge.errors import EngineError
+from bridge.hidden_pool import Block, PoolSpec
 from bridge.sglang_weights import LOADER
 from bridge.weight_sync import BucketSpec, Entry
 
@@ -78,6 +80,7 @@ def test_a_share_of_the_whole_memory_is_told_as_one_of_what_is_free(monkeypatch)
 
     assert told(0.25) == 0.25
     assert told(0.25, tp_size=2) == pytest.approx(20 / 30)  # by the GPU that has least
+    assert told(0.25, dp_size=2) == told(0.25, tp_size=2, dp_size=2, enable_dp_attention=True) == pytest.approx(20 / 30)
     assert told(0.25, base_gpu_id=2, tp_size=2) == 0.5
     with_own = EngineSpec("sglang", "m", "bfloat16", "cuda", mem_fraction=0.9, options={"mem_fraction_static": 0.3})
     assert bridge.sglang_engine._memory(with_own) == {}
@@ -106,3 +109,46 @@ def test_a_sampling_in_sglangs_words():
         assert (params["top_k"], params["stop_token_ids"]) == (-1, [2])
     engine.generate([prompt], Sampling(), version=3)
     assert asked["params"][0]["logit_bias"] is None
+
+
+@pytest.mark.parametrize(
+    ("homes", "options", "expected"),
+    [
+        ("cdab", {"dp_size": 2, "tp_size": 2}, (1, 1, 0, 0)),
+        ("cdab", {"dp_size": 2, "base_gpu_id": 2}, (0, 1, 0, 1)),  # on c and d; the others' shards are shared out
+        ("ccad", {"dp_size": 4}, (2, 2, 0, 3)),
+        ("", {"dp_size": 2}, (0, 1, 0, 1)),
+        ("cdab", {}, ()),
+        ("cdab", {"dp_size": 2, "tp_size": 4, "enable_dp_attention": True}, ()),
+    ],
+)
+def test_prompts_are_read_by_the_copy_of_the_teacher_on_the_gpu_that_trains_on_them(
+    monkeypatch, homes, options, expected
+):
+    monkeypatch.setattr(bridge.sglang_engine, "gpus", lambda: list("abcd"))
+    blocks = tuple(Block(part, gpu, "") for part, gpu in enumerate(homes))
+    spec = EngineSpec("sglang", "m", "bfloat16", "cuda", PoolSpec("", 64, 8, "bfloat16", 4, blocks), options=options)
+    asked = []
+
+    async def async_generate(input_ids, sampling_params, rid, routed_dp_rank):
+        asked.append((routed_dp_rank, [int(name.split(":")[3]) for name in rid], input_ids))
+        await asyncio.sleep(0)
+        stop = {"type": "abort", "message": "too long"} if [9] in input_ids else {"type": "length"}
+        return [{"meta_info": {"finish_reason": stop}} for _ in rid]
+
+    def generate(input_ids, sampling_params, rid):
+        return asyncio.run(async_generate(input_ids, sampling_params, rid, None))
+
+    loop = SimpleNamespace(run_until_complete=asyncio.run)
+    engine = hosted(SimpleNamespace(loop=loop, async_generate=async_generate, generate=generate), spec)
+    rows = [0, 16, 20, 32, 63]
+    engine.prefill([Prefill(np.array([row], np.int32), ((0, 1),), row) for row in rows])
+    parts = [row // 16 for row in rows]
+    wanted = {expected[part] if expected else None for part in parts}
+    assert {replica: given for replica, given, _ in asked} == {
+        replica: [row for row, part in zip(rows, parts, strict=True) if not expected or expected[part] == replica]
+        for replica in wanted
+    }
+    assert len(asked) == len(wanted) and all(ids == [[row] for row in given] for _, given, ids in asked)
+    with pytest.raises(EngineError, match="SGLang gave up prompt 1: too long"):
+        engine.prefill([Prefill(np.array([i], np.int32), ((0, 1),), row) for i, row in ((1, 0), (9, 63))])

@@ -62,6 +62,8 @@ class TeacherConfig:
     """Tensor-parallel size of the teacher."""
     pp: int = Field(1, ge=1)
     """Pipeline-parallel size of the teacher."""
+    dp: int = Field(1, ge=1)
+    """Data-parallel size: copies of the teacher, of tp · pp GPUs each; a document is read where its rows are used."""
     ep: int = Field(1, ge=1)
     """Expert-parallel size of a mixture-of-experts teacher."""
     mem_fraction: float = Field(0.4, gt=0, lt=1)

@@ -183,7 +183,8 @@ def collate(
     if not packed and max(map(len, rows), default=0) > 1:
         raise ValueError("several documents in a row need segments: packed=True")
     per_shard = batch // shards
-    groups = _deal([sum(len(d.labels) for d in row) for row in rows], accumulate * shards, per_shard)
+    sizes = [(sum(len(d.labels) for d in row), sum(map(len, row))) for row in rows]
+    groups = _deal(sizes, accumulate * shards, per_shard)
     loss_rows = [sum(len(d.labels) for i in group for d in rows[i]) for group in groups]
     size = bucket(max(loss_rows), per_shard * seq_len, known)
 
@@ -232,14 +233,17 @@ def collate(
     )
 
 
-def _deal(weights: Sequence[int], groups: int, room: int) -> list[list[int]]:
-    """Indices of ``weights`` in ``groups`` lists of at most ``room``: heaviest first, each to the lightest list."""
+def _deal(sizes: Sequence[tuple[int, int]], groups: int, room: int) -> list[list[int]]:
+    """Indices of ``sizes`` in ``groups`` lists of at most ``room``: largest first, each to the smallest list.
+
+    Sizes are loss rows and tokens, which decide where the former are equal: a shard's tokens are its teacher's work.
+    """
     dealt: list[list[int]] = [[] for _ in range(groups)]
-    totals = [0] * groups
-    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+    totals = [(0, 0)] * groups
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
         g = min((g for g in range(groups) if len(dealt[g]) < room), key=lambda g: (totals[g], len(dealt[g])))
         dealt[g].append(i)
-        totals[g] += weights[i]
+        totals[g] = totals[g][0] + sizes[i][0], totals[g][1] + sizes[i][1]
     return dealt
 
 
