@@ -121,8 +121,13 @@ def _held_out(r: Result, other: str, which: str = "final") -> Found:
 
 
 def _exact_match(r: Result) -> Found:
-    means = {name: 100 * mean(run["exact_match"] for run in runs) for name, runs in r["runs"].items()}
-    return Found(f"{means['on_policy']:.1f} % against {means['off_policy']:.1f} % off-policy, forward KL")
+    ours, theirs = (
+        {key: mean(run[key] for run in r["runs"][name]) for key in ("exact_match", "tokens")}
+        for name in ("on_policy", "off_policy")
+    )
+    gap = 100 * (ours["exact_match"] - theirs["exact_match"])
+    text = f"{gap:+.1f} points, {ours['exact_match']:.1%} against {theirs['exact_match']:.1%}"
+    return Found(f"{text}, on {ours['tokens'] / theirs['tokens']:.2f} times the tokens", gap)
 
 
 def _fastest_loss(r: Result, memory: bool = False) -> Found:
@@ -156,6 +161,13 @@ def _speed(r: Result, *keys: str) -> Found:
     """tokens/s of a run's windows"""
     found = _at(r, "runs", *keys)
     return Found(f"{found['median']:,.0f}", found["median"], found["spread"])
+
+
+def _seconds(r: Result) -> Found:
+    """of the parts of a step"""
+    run = r["runs"]["off-policy"]["beside"]
+    text = ", ".join(f"{name} {run[name]['seconds']:.3f}" for name in ("teacher", "transfer", "student"))
+    return Found(f"{text}, all of it {run['step']['seconds']:.3f}", None, run["step"]["spread"])
 
 
 def _synced(r: Result) -> Found:
@@ -206,7 +218,11 @@ LINES: dict[str, tuple[Line, ...]] = {
             "the same: share of the time that its matrix products need",
             number("floor", "share", "kdjax", form="{:.0%}"),
         ),
-        Line("largest relative gap of the losses to TRL's", number("losses", "largest_relative_gap", form="{:.1e}")),
+        Line(
+            "largest relative gap of the losses to TRL's",
+            number("losses", "largest_relative_gap", form="{:.1e}"),
+            most=1e-3,
+        ),
     ),
     "overlap": (
         Line("overlapped step, of max(teacher, student)", ratio("against_the_slower_alone"), most=1.1),
@@ -220,7 +236,9 @@ LINES: dict[str, tuple[Line, ...]] = {
         Line("held-out cross-entropy, distilled − fine-tuned for as many steps", partial(_held_out, other="sft_steps")),
         Line("the same, for as many seconds", partial(_held_out, other="sft_seconds")),
     ),
-    "on_policy": (Line("sums answered exactly, on-policy", _exact_match),),
+    "on_policy": (
+        Line("sums answered exactly, on-policy (reverse KL) − off-policy (forward KL)", _exact_match, least=0),
+    ),
 }
 """By the file's name, in the order of the table."""
 
@@ -237,6 +255,11 @@ GPU: tuple[Line, ...] = (
     Line(
         "the same: step of the sum of its parts",
         number("runs", "off-policy", "of_the_sum_of_parts", form="{:.2f}"),
+    ),
+    Line("the same: seconds of a step, the teacher's beside the others", _seconds),
+    Line(
+        "the same in turns on one GPU, asleep between them: tokens/s",
+        lambda r: _speed(r, "colocated", "tokens_per_second"),
     ),
     Line("the teacher's prefill, tokens/s", number("runs", "off-policy", "prefill_tokens_per_second", form="{:,.0f}")),
     Line("weights of an on-policy step to SGLang", _synced),

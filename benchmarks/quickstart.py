@@ -26,7 +26,7 @@ from benchmarks.runs import made_at, trained
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 RUNS = ROOT / "runs" / "benchmark" / "quickstart"
 RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "README.md"
 MARK = "<!-- quickstart table: python -m benchmarks.quickstart -->"
 SFT = ("teacher.path=null", "data.tokenizer=examples/teacher")
 LONG = 2
@@ -132,7 +132,7 @@ def main() -> None:
         shutil.rmtree(RUNS, ignore_errors=True)
     if not arguments.only_table:
         record(RESULT, measure(arguments.seeds))
-    write_between(README, MARK, table(json.loads(RESULT.read_text())))
+    write_between(PAGE, MARK, table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

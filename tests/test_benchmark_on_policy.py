@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import on_policy
+from benchmarks.lines import LINES
 
 
 @pytest.fixture
@@ -43,4 +44,7 @@ def test_each_method_runs_at_its_own_best_rate(made_up):
     assert lines[2] == "| teacher | | | | 100.0 % |" and "25.0 %" in lines[3]
     assert lines[4] == "| off-policy, forward KL | 0.001 | 5 k | 2 s | 51.0 ± 1.0 % |"
     assert lines[5] == "| **on-policy, reverse KL** | 0.003 | 5 k | 2 s | 61.0 ± 1.0 % |"
+    (line,) = LINES["on_policy"]
+    assert line.find(found).text == "+10.0 points, 61.0% against 51.0%, on 1.00 times the tokens"
+    assert line.find(found).value == pytest.approx(10) and line.least == 0
     assert lines[-1] == "Mean ± standard deviation over seeds 0, 1, 2; a CPU, 2 cores."

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import divergences, fused_loss, growth, overlap, quickstart, runs, table, timing, transport, trl_gkd
+from benchmarks import (
+    divergences,
+    fused_loss,
+    growth,
+    on_policy,
+    overlap,
+    quickstart,
+    runs,
+    table,
+    timing,
+    transport,
+    trl_gkd,
+)
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.lines import GPU, LINES
 from benchmarks.naive import DIVERGENCES, JAX, torch_library
@@ -187,6 +199,13 @@ def test_the_readme_shows_the_committed_results():
     assert set(results) - set(LINES) == {name for name in results if "gpu" in results[name]}
 
 
+@pytest.mark.parametrize("of", [quickstart, on_policy], ids=["quickstart", "on_policy"])
+def test_a_page_shows_the_committed_table(of):
+    shown = of.PAGE.read_text().split(of.MARK)[1].strip()
+    made = of.table(json.loads(of.RESULT.read_text())) if of.RESULT.exists() else "Not measured yet."
+    assert shown == made, f"run python -m {of.__name__} --only-table"
+
+
 def test_the_floor_counts_the_products_of_both_models(root):
     """of the quickstart's student, by hand: four layers of q, o 128 × 128, k, v 128 × 64, three of 128 × 384, norms"""
     layers = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 32 + 2 * 128) + 128
@@ -229,7 +248,11 @@ def test_the_gpu_benchmark_runs_a_section_at_toy_size(toy_sections):
 
 @pytest.mark.full
 def test_every_section_of_the_gpu_benchmark_runs_at_toy_size(toy_sections):
-    found = toy_sections("--seconds", "550")
+    found = toy_sections("--seconds", "580")
+    assert found["runs"]["on-policy"]["k3"] and max(found["runs"]["on-policy"]["k3"]) < 1e-5
+    assert found["runs"]["colocated"]["tokens_per_second"]["median"] > 0
+    assert found["sharing"]["engine"]["gap"] == 0 and found["loss"]["relative_gap"] < 1e-3
+    assert found["step"]["attention"]["relative_gap"] == 0  # a CPU has one kernel
     assert set(found) > set(gpu.SECTIONS)
     assert found["sync"]["through the host"]["gap_after"] < 1e-4 < 0.1 < found["sync"]["through the host"]["gap_before"]
     of_a_gpu = ("MFU", "Liger", "to an engine, GB/s", "deleted array")

@@ -100,6 +100,16 @@ def test_shards_and_micro_batches_get_nearly_the_same_work():
     assert counts.max() - counts.min() <= 0.1 * counts.mean()
 
 
+def test_where_loss_rows_are_equal_teachers_read_as_many_tokens():
+    read = document([0] * 18 + [1], [0] * 18 + [1])
+    lengths = [2, 3, 8, 11, 20]
+    rows = [[document([0] * (n - 1) + [1], [0] * (n - 1) + [1])] for n in lengths]
+    rows += [[document([0, 1], [0, 1], teacher_ids=read.ids, teacher_loss=read.loss)]]
+    host = collate(rows, batch=6, seq_len=32, shards=2)
+    tokens = [sum(len(p.document.teacher_request[0]) for p in host.documents if p.shard == g) for g in (0, 1)]
+    assert host.batch.mask.sum() == 6 and tokens == [31, 32]
+
+
 def test_loss_rows_take_few_static_sizes():
     sizes = {bucket(n, 1000) for n in range(1001)}
     assert len(sizes) == 8 and max(sizes) == 1000

@@ -40,6 +40,12 @@ def test_only_engines_that_share_a_gpu_sleep(colocate, device):
     assert engine_options(plain.teacher, asked) == {}
 
 
+def test_a_teachers_copies_and_their_parts_reach_sglang():
+    values = {"student": {"path": "s"}, "data": DATA, "teacher": {"path": "t", "tp": 2, "pp": 3, "dp": 4, "ep": 5}}
+    expected = {"tp_size": 2, "pp_size": 3, "dp_size": 4, "ep_size": 5}
+    assert engine_options(from_dict(values).teacher).items() >= expected.items()
+
+
 @pytest.fixture
 def student(monkeypatch, tmp_path):
     """what engines start from, without weights"""

@@ -2,12 +2,14 @@
 
 import json
 import signal
+from io import StringIO
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from data_tools import ROOT
+from rich.console import Console
 
 import kdjax.generation.answers
 from bridge.engine import Completion
@@ -144,6 +146,16 @@ def test_neither_jax_nor_sleep_is_asked_for(values, scripted, monkeypatch):
     spec = engine.spec
     assert (spec.device, spec.dtype, spec.seed, spec.mem_fraction) == ("cuda", "bfloat16", 5, 0.4)
     assert "enable_memory_saver" not in spec.options and spec.options["tp_size"] == 1
+
+
+def test_a_terminal_shows_a_bar_with_rates_in_place_of_lines(values, scripted):
+    scripted(right)
+    display = Display()
+    display.console = Console(file=StringIO(), force_terminal=True, width=120)
+    generate(from_dict(values), display)
+    shown = display.console.file.getvalue()
+    assert "7/7" in shown and "answers/s  ended 100%" in shown and "━" in shown
+    assert "7/7 prompts" not in shown and "7 of 7 answers to 7 prompts kept" in shown
 
 
 def test_filters_count_what_they_drop(values, scripted):

@@ -168,11 +168,15 @@ def test_rows_of_the_data_are_mixed_in(on_policy_values, tmp_path):
     assert max(metrics(tmp_path / "run", "rollout/k3")) < 1e-6
 
 
-def test_stale_responses_overlap_with_training_and_are_weighed(on_policy_values, tmp_path):
-    on_policy_values["rollout"] |= {"max_staleness": 1, "importance_clip": 2.0, "max_k3": 1.0}
+@pytest.mark.parametrize(("staleness", "every"), [(1, 1), (2, 2)])
+def test_stale_responses_overlap_with_training_and_are_weighed(on_policy_values, tmp_path, staleness, every):
+    rollout = {"max_staleness": staleness, "sync_every": every, "importance_clip": 2.0, "max_k3": 1.0}
+    on_policy_values["rollout"] |= rollout
     go(on_policy_values)
     ages = metrics(tmp_path / "run", "rollout/staleness")
-    assert set(ages) <= {0.0, 1.0} and sum(ages) >= 3
+    assert 0.0 <= min(ages) and max(ages) <= staleness and sum(ages) >= 3
+    versions = {r["version"] for number in range(1, 7) for r in rollouts(tmp_path / "run", number)}
+    assert len(versions) > 1 and all(version % every == 0 for version in versions)
     assert max(metrics(tmp_path / "run", "rollout/hidden")) > 0.05
     weights = metrics(tmp_path / "run", "rollout/weight")
     assert all(0.3 < w <= 2.0 for w in weights) and weights[-1] != 1.0
@@ -225,6 +229,7 @@ def test_policy_gradient_refuses_what_would_be_wrong(on_policy_values, distill, 
         ({"rollout": {"max_new_tokens": 300}}, "leaves no room for a prompt"),
         ({"teacher": {}}, "judged by a teacher"),
         ({"rollout": {"reward": "gsm8k"}}, "compares responses to one prompt"),
+        ({"teacher": {"path": "t", "update_every": 1, "dp": 2}}, "new weights in one copy alone; set teacher.dp=1"),
         ({"colocate": True, "rollout": {"max_staleness": 2, "max_new_tokens": 8}}, "colocate takes turns"),
     ],
 )

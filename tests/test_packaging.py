@@ -1,11 +1,17 @@
-"""What `pip install .` installs: both packages with all that lies in them, and the entry point that SGLang asks for."""
+"""What `pip install .` installs: both packages with all that lies in them, and the entry point that SGLang asks for.
+What a machine without a network is given instead."""
 
 import configparser
 import importlib
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 from zipfile import ZipFile
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ENTRY = "bridge.sglang_platform:activate"
 
@@ -33,3 +39,21 @@ def test_a_wheel_holds_both_packages_and_the_entry_point(root, tmp_path):
     assert dict(read["sglang.srt.platforms"]) == {"kdjax_cpu": ENTRY}
     module, _, function = ENTRY.partition(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_pack_for_a_machine_without_a_network_is_whole(root):
+    """what it names is pinned, and asks for nothing but itself and what comes with JAX, torch and transformers"""
+    script = (root / "benchmarks" / "gpu" / "pack.sh").read_text()
+    lines = re.search(r"packages=\((.*?)\)", script, re.S)[1].splitlines()
+    named = {canonicalize_name(name) for line in lines if "#" not in line for name in line.split()}
+    pins = (root / "docker" / "constraints.txt").read_text().splitlines()
+    assert named <= {canonicalize_name(pin.partition("==")[0]) for pin in pins}
+    there = {"jax", "jaxlib", "numpy", "torch", "transformers", "ml-dtypes", "packaging"}
+    for name in sorted(named):
+        asked = [Requirement(text) for text in requires(name) or []]
+        asked = {canonicalize_name(one.name) for one in asked if not one.marker or one.marker.evaluate({"extra": ""})}
+        assert asked <= named | there, name
+    kdjax = {canonicalize_name(Requirement(text).name) for text in requires("kdjax") if "extra" not in text}
+    elsewhere = {"safetensors", "tokenizers", "huggingface-hub", "jinja2"}  # with transformers and torch
+    for_sources_and_reports = {"datasets", "tensorboardx", "matplotlib"}
+    assert kdjax <= named | there | elsewhere | for_sources_and_reports

@@ -1,4 +1,4 @@
-"""The recipes parse, every line of their table too, and each file runs at toy size."""
+"""The recipes parse, every line of their table too, and each file runs at toy size, those beside them too."""
 
 import json
 import re
@@ -34,6 +34,10 @@ def test_the_table_names_every_file_and_parses(root, monkeypatch):
     assert parse([*shlex.split(commands[0]), "teacher.quantization=fp8"]).teacher.quantization == "fp8"
 
 
+SMALLER = ("train.batch_size=4", "train.steps=2", "train.eval_every=2", "train.eval_rows=2", "log.every=1",
+           "log.tensorboard=false", "log.report=false", "checkpoint.check_export=false")  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_it_runs_at_toy_size(root, tiny_teacher, tmp_path, name):
     """Paths and sizes are replaced; numbers' types, rematerialisation, sharding and the rest stay the recipe's."""
@@ -43,9 +47,7 @@ def test_it_runs_at_toy_size(root, tiny_teacher, tmp_path, name):
     file.write_text(
         "".join(json.dumps({"conversations": [{"from": w, "value": v} for w, v in t.items()]}) + "\n" for t in turns)
     )
-    smaller = [f"output={tmp_path}/run", f"student.path={tiny_teacher}", "data.max_len=64", "mesh.fsdp=2"]
-    smaller += ["train.batch_size=4", "train.steps=2", "train.eval_every=2", "train.eval_rows=2", "log.every=1"]
-    smaller += ["log.tensorboard=false", "log.report=false", "checkpoint.check_export=false"]
+    smaller = [f"output={tmp_path}/run", f"student.path={tiny_teacher}", "data.max_len=64", "mesh.fsdp=2", *SMALLER]
     for side in ("train", "eval"):
         smaller += [f"data.{side}.0.path={file}", f"data.{side}.0.split=null"]
     config = load_config(root / "configs" / "recipes" / f"{name}.yaml")
@@ -61,3 +63,21 @@ def test_it_runs_at_toy_size(root, tiny_teacher, tmp_path, name):
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert ("eval/kl" in records[0]) == (config.teacher.path is not None)
     assert load_model(result.export, abstract=True).config.hidden_size == 48
+
+
+@pytest.mark.parametrize("name", ["on_policy", "self_distill", "context_distill"])
+def test_a_configuration_for_a_cpu_runs_at_toy_size(root, tiny_teacher, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(root)
+    smaller = [f"output={tmp_path}/run", f"student.path={tiny_teacher}", f"teacher.path={tiny_teacher}", "mesh.data=1"]
+    smaller += ["teacher.engine=transformers", "rollout.engine=transformers", "rollout.max_new_tokens=8", *SMALLER]
+    smaller += ["teacher.update_every=1"] if name == "self_distill" else []
+    config = load_config(root / "configs" / f"{name}.yaml", smaller)
+    result = train(config, Display(quiet=True))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert len(steps) == 2 and np.isfinite([record["loss"] for record in steps]).all()
+    assert {"eval/kl", "eval/ce"} <= records[0].keys()
+    assert all(("rollout/k3" in record) == (name != "context_distill") for record in steps)
+    assert all(record.get("rollout/k3", 0) < 1e-6 for record in steps)
+    exports = [load_model(folder, abstract=True) for folder in result.export.parent.glob("export*")]
+    assert len(exports) == 1 + (name == "self_distill")

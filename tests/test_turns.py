@@ -1,9 +1,13 @@
 """Who holds the devices when: the calls that sleeping and waking engines get, in order."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bridge.errors import EngineError
+from kdjax.config import from_dict
 from kdjax.rollouts.turns import Turns
+from kdjax.training.sources import Stream
 
 
 class Engine:
@@ -11,6 +15,9 @@ class Engine:
 
     def __init__(self, name, log):
         self.name, self.log, self.pid, self.fails = name, log, 1, None
+
+    def wait_ready(self):
+        pass
 
     def sleep(self, tags):
         self._do(f"{self.name} sleeps: {' '.join(tags)}")
@@ -95,6 +102,17 @@ def test_a_call_that_fails_leaves_the_others_where_they_are():
     with pytest.raises(EngineError, match="student wakes"):
         turns.enter("generate")
     assert entered(turns, log, "generate") == ["student wakes: kv_cache weights"]
+
+
+def test_what_is_to_stay_resident_stays_outside_its_turn():
+    values = {"student": {"path": "s"}, "teacher": {"path": "t", "resident": ["weights"]}, "colocate": True}
+    values |= {"data": {"train": [{"path": "rows.jsonl"}]}, "rollout": {"resident": ["kv_cache"]}}
+    log, stream = [], object.__new__(Stream)
+    stream.config, stream.data, stream.self_teacher = from_dict(values), None, None
+    stream.engine = SimpleNamespace(remote=Engine("teacher", log))
+    stream.attach(SimpleNamespace())
+    stream.turns.join("student", [Engine("student", log)])
+    assert log == ["teacher sleeps: kv_cache", "student sleeps: weights"]
 
 
 def test_no_phase_is_entered_out_of_order():

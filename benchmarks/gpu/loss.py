@@ -1,5 +1,7 @@
 """The fused loss in bf16 at H = 4,096, V = 128,256, 8,192 tokens, against the matrix products that it cannot avoid.
 
+First its value on some rows is held against float32 logits of all of them; where they differ there is nothing to time.
+
 The products alone, the fused loss at several sizes of its chunks and, where it can be imported, Liger's fused linear
 JSD (2410.10989) take turns.
 """
@@ -14,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.fused_loss import fused, naive
 from benchmarks.record import spread
 from benchmarks.timing import SECONDS, in_turns, quotient
 from kdjax.losses import linear_divergence
 
 PRODUCTS = {"logits": "nd,dv->nv", "hidden gradient": "nv,dv->nd", "head gradient": "nd,nv->dv"}
+CHECKED, AGREE = 256, 2e-3  # rows, relative
 CASES = {"kl": (1024, 2048, 4096), "jsd": (2048,)}  # rows of a chunk
 
 
@@ -30,6 +34,7 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
     arrays = hidden, head, teacher_hidden, teacher_head
     slope = jnp.full((rows, vocabulary), 1e-3, jnp.bfloat16)
     mask = jnp.ones(rows, bool)
+    gap = checked(arrays)
     programs: dict[str, Callable[[], Any]] = {}
 
     operands = {"logits": (hidden, head), "hidden gradient": (slope, head), "head gradient": (hidden, slope)}
@@ -67,9 +72,23 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
     floor = spread(floors) | {"products": products}
     return {
         "shapes": {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"},
+        "relative_gap": gap,
         "floor": floor | {"tflops": flops / floor["seconds"] / 1e12},
         "fused": timed,
     }
+
+
+def checked(arrays: tuple[jax.Array, ...]) -> float:
+    """How far the fused KL of the first rows lies from that of float32 logits; raises ArithmeticError if too far."""
+    hidden, head, teacher_hidden, teacher_head = arrays
+    few = hidden[:CHECKED], head, teacher_hidden[:CHECKED], teacher_head
+    with jax.default_matmul_precision("highest"):
+        expected = float(jax.jit(naive("kl"))(*(x.astype(jnp.float32) for x in few)))
+    found = float(jax.jit(fused("kl"))(*few))
+    gap = abs(found - expected) / expected
+    if not gap <= AGREE:
+        raise ArithmeticError(f"the fused KL is {found} and that of float32 logits {expected}: {gap:.1e} apart")
+    return gap
 
 
 class Liger:

@@ -21,6 +21,8 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
     rows, width, batches = (400, 40, 50) if toy else (4096, 1024, 1000)
     with HiddenPool.create(rows=rows, width=width, dtype="bfloat16", on=on) as hidden:
         fire = under_fire(hidden, batches, most=rows // 7)
+    if fire["wrong"]:
+        raise RuntimeError(f"rows that came through the pool are wrong: {fire}")
     rows, width, calls = (512, 64, 2) if toy else (32_768, 4096, 20)
     with HiddenPool.create(rows=rows, width=width, dtype="bfloat16", on=on) as hidden:
         found = speed(hidden, rows, calls, ROUNDS)

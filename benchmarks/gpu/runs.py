@@ -2,6 +2,8 @@
 
 off-policy   the teacher beside the student, and then in turns with it: prefill, transfer, step, their sum
 on-policy    the student writes, learns, and its weights go to its engine
+colocated    teacher and trainer hold the GPU in turn: the engine sleeps while the student trains, and AdamW's moments
+             wait in host memory
 """
 
 from __future__ import annotations
@@ -33,29 +35,42 @@ NAMES = ("step", "teacher", "waiting", "transfer", "student", "sync", "generate"
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
     teacher = teacher_folder(folder, toy)
-    return {"off-policy": off_policy, "on-policy": on_policy}[case](teacher, folder, toy)
+    return {"off-policy": off_policy, "on-policy": on_policy, "colocated": colocated}[case](teacher, folder, toy)
 
 
 def off_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
-    steps, every, length, rows = (4, 1, 256, 4) if toy else (25, 5, 256, 128)
-    values = common(teacher, toy, steps, every) | {
-        "data.max_len": length,
-        "data.packing": False,  # most documents fill half a row, and cuDNN's attention needs no mask
-        "train.batch_size": rows,
-    }
+    steps, every = (4, 1) if toy else (25, 5)
+    values, shapes = given_answers(teacher, toy, steps, every)
     beside, turns = (
         run(folder / f"lookahead-{ahead}", values | {"teacher.lookahead": ahead}, skip=1 if toy else 2)
         for ahead in (1, 0)
     )
     tokens = turns["tokens_per_second"]["median"] * turns["step"]["seconds"]
     return {
-        "shapes": {"steps": steps, "rows": rows, "length": length, "teacher": TEACHER, "student": STUDENT},
+        "shapes": shapes,
         "beside": beside,
         "in_turns": turns,
         "tokens_a_step": tokens,
         "prefill_tokens_per_second": tokens / turns["teacher"]["seconds"],
         "of_the_sum_of_parts": beside["step"]["seconds"] / turns["step"]["seconds"],
     }
+
+
+def colocated(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
+    values, shapes = given_answers(teacher, toy, *((3, 1) if toy else (12, 3)))
+    values |= {"colocate": True, "train.offload": ["optimizer"]}
+    return run(folder / "colocated", values, skip=1) | {"shapes": shapes}
+
+
+def given_answers(teacher: Path, toy: bool, steps: int, every: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What off-policy runs change in the quickstart's configuration, and their shapes."""
+    length, rows = 256, 4 if toy else 128
+    values = common(teacher, toy, steps, every) | {
+        "data.max_len": length,
+        "data.packing": False,  # most documents fill half a row, and cuDNN's attention needs no mask
+        "train.batch_size": rows,
+    }
+    return values, {"steps": steps, "rows": rows, "length": length, "teacher": TEACHER, "student": STUDENT}
 
 
 def on_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def on_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
         "distill.kd_ratio": 1.0,
         "distill.loss": "rkl",
         "rollout.max_new_tokens": 8 if toy else 128,
-        "rollout.max_k3": None,  # random weights in bf16: what is measured is time
+        "rollout.max_k3": None,  # random weights in bf16: it is written down, and what is measured is time
         "rollout.engine": "transformers" if toy else "sglang",
     }
     if not toy:
@@ -143,4 +158,5 @@ def run(out: Path, values: dict[str, Any], skip: int) -> dict[str, Any]:
     speeds = spread([w["tokens_per_second"] for w in windows])
     speeds["median"] = speeds.pop("seconds")
     shutil.rmtree(out / "checkpoints")  # gigabytes
-    return found | {"tokens_per_second": speeds, "losses": [w["loss"] for w in windows]}
+    found |= {"tokens_per_second": speeds, "losses": [w["loss"] for w in windows]}
+    return found | {"k3": [w["rollout/k3"] for w in windows if "rollout/k3" in w]}

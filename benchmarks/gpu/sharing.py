@@ -1,7 +1,7 @@
 """What colocation rests on, judged by the memory that the driver calls free.
 
 parameters   a student's to pinned host memory and back: seconds, GB/s, and what that gives the driver
-engine       SGLang asleep and awake again: seconds, and what that gives the driver
+engine       SGLang asleep and awake again: seconds, what that gives the driver, and whether it still says the same
 allocators   what JAX's allocators give back of an array that is deleted; cuda_async is the one that might
 """
 
@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.gpu.runs import SGLANG, teacher_folder
 from benchmarks.record import ROOT, spread
 from benchmarks.timing import ROUNDS
 from bridge import cuda
 from bridge.client import start_engine
 
+AGREE = 1e-3  # nats: what an engine may say otherwise after it slept
 ALLOCATORS = ("default", "cuda_async", "platform")
 GIBIBYTES = 4
 TRIAL = """
@@ -86,8 +89,14 @@ def engine(toy: bool, folder: Path) -> dict[str, Any]:
         saver = {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
         options = {"dtype": "bfloat16", "options": SGLANG | saver | {"mem_fraction_static": 0.3}}
     with start_engine(teacher, log=log, **options) as running:
+        ids = [np.random.default_rng(0).integers(1, 4000, 200).astype(np.int32)]
+        (said,) = running.score(ids)
         taken = before - free()
-        return {"taken": taken, **_round_trips(running.sleep, running.wake)}
+        found = _round_trips(running.sleep, running.wake)
+        gap = float(np.abs(running.score(ids)[0] - said).max())
+    if not gap <= AGREE:
+        raise RuntimeError(f"the engine woke up another: log-probabilities differ by {gap}")
+    return {"taken": taken, "gap": gap, **found}
 
 
 def _round_trips(sleep: Callable[[], None], wake: Callable[[], None]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The student's training step at Qwen3's 0.6B, 1.7B and 4B, with and without remat: share of the chip's peak (MFU).
 
 Float32 masters and moments, bfloat16 compute, rows of 4,096 tokens that are one document each, as every recipe has it.
-A case has a process of its own, so what another has left behind, or failed for, is none of its memory.
+A case has a process of its own, so what another has left behind, or failed for, is none of its memory. The case
+``attention`` holds cuDNN's kernel, which all others run with, against XLA's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks.gpu.shapes import shape
 from benchmarks.timing import in_turns
@@ -19,6 +21,7 @@ from kdjax.algorithms import Teacher, make_algorithm
 from kdjax.config import from_dict
 from kdjax.data import Batch
 from kdjax.losses import Head
+from kdjax.models import load_model
 from kdjax.sharding import make_mesh
 from kdjax.training.optimizer import make_optimizer
 from kdjax.training.sources import to_device
@@ -27,9 +30,12 @@ from kdjax.training.student import make_student
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets
 SECONDS = 1.5  # of steps in a round
+LOSS_AGREES, ROWS_AGREE = 2e-3, 5e-2  # relative: of a mean over tokens, and of the hidden rows in norm
 
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
+    if case == "attention":
+        return kernels(toy)
     size, count, remat = case.split(", ")
     rows, remat = int(count.removesuffix(" rows")), remat.removeprefix("remat ")
     length, teacher_width = (128, 96) if toy else (4096, 4096)
@@ -58,6 +64,32 @@ def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
         "mfu": None if peak is None else flops / timed["seconds"] / peak,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
+
+
+def kernels(toy: bool) -> dict[str, Any]:
+    """One row through both kernels, in bfloat16: how far the loss and the hidden rows are apart.
+
+    Raises ArithmeticError where that is more than rounding. Weights are larger than a new model's, so that what a row
+    attends to decides its loss. Without a GPU there is one kernel, and nothing to compare it with.
+    """
+    length, shapes = (128 if toy else 1024), shape("0.6B", toy) | {"initializer_range": 0.1}
+    tokens = np.random.default_rng(0).integers(1, 4000, (1, length)).astype(np.int32)
+
+    @nnx.jit
+    def run(model: nnx.Module) -> tuple[jax.Array, jax.Array]:
+        hidden = model(tokens)
+        logs = jax.nn.log_softmax(model.logits(hidden[:, :-1]))
+        return hidden.astype(jnp.float32), -jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1).mean()
+
+    def through(kernel: str) -> tuple[jax.Array, jax.Array]:
+        return run(load_model(None, config=shapes, init="random", dtype="bfloat16", attention=kernel))
+
+    (ours, loss), (theirs, expected) = through("xla" if toy else "cudnn"), through("xla")
+    of_rows = float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
+    of_loss = float(abs(loss - expected) / expected)
+    if not (of_loss <= LOSS_AGREES and of_rows <= ROWS_AGREE):
+        raise ArithmeticError(f"attention by cuDNN is not XLA's: loss {loss} and {expected}, rows {of_rows:.1e} apart")
+    return {"length": length, "loss": float(loss), "relative_gap": of_loss, "relative_gap_of_rows": of_rows}
 
 
 def make(size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[str, ...] = ()) -> Step:

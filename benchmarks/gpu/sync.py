@@ -1,6 +1,6 @@
 """A student's weights into an engine of the same GPU: on the device by CUDA IPC, and through the host.
 
-The engine runs other weights at first; afterwards its log-probabilities must be the sender's.
+The engine runs other weights at first; afterwards its log-probabilities must be the sender's, or this fails.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from benchmarks.timing import ROUNDS
 from bridge.client import RemoteEngine, start_engine
 from kdjax.models import Decoder, export_hf, load_model
 from kdjax.rollouts.weights import EngineTensors
+
+AGREE = 0.05  # mean difference of log-probabilities, in nats: two implementations, in bfloat16
 
 
 def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
@@ -51,4 +53,6 @@ def sent(student: Decoder, engine: RemoteEngine, dtype: str, device: str) -> dic
     measured = spread(seconds[1:])  # the first one compiles, and opens the bucket
     measured |= {"bytes": size, "bytes_per_second": size / measured["seconds"], "first": seconds[0]}
     after = np.abs(engine.score([ids])[0] - expected).mean()
+    if not after < AGREE:
+        raise RuntimeError(f"the engine does not run the weights that were sent: gap {after}, and {before} before")
     return measured | {"gap_before": float(before), "gap_after": float(after)}

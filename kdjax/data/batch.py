@@ -183,7 +183,7 @@ def collate(
     if not packed and max(map(len, rows), default=0) > 1:
         raise ValueError("several documents in a row need segments: packed=True")
     per_shard = batch // shards
-    sizes = [(sum(len(d.labels) for d in row), sum(map(len, row))) for row in rows]
+    sizes = [(sum(len(d.labels) for d in row), sum(len(d.teacher_view[0]) for d in row)) for row in rows]
     groups = _deal(sizes, accumulate * shards, per_shard)
     loss_rows = [sum(len(d.labels) for i in group for d in rows[i]) for group in groups]
     size = bucket(max(loss_rows), per_shard * seq_len, known)
@@ -236,7 +236,7 @@ def collate(
 def _deal(sizes: Sequence[tuple[int, int]], groups: int, room: int) -> list[list[int]]:
     """Indices of ``sizes`` in ``groups`` lists of at most ``room``: largest first, each to the smallest list.
 
-    Sizes are loss rows and tokens, which decide where the former are equal: a shard's tokens are its teacher's work.
+    Sizes are loss rows, and the tokens that a teacher reads, which decide where the former are equal.
     """
     dealt: list[list[int]] = [[] for _ in range(groups)]
     totals = [(0, 0)] * groups

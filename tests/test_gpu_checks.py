@@ -1,0 +1,93 @@
+"""Does `make gpu` fail where what it measures is wrong? Nothing of it is run here: only what judges."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.gpu import loss, pool, sharing, step, sync
+from benchmarks.gpu.shapes import shape
+from kdjax.models.attention import causal_attention
+
+
+class Engine:
+    """Says ``words`` one after the other; the last of them from then on."""
+
+    def __init__(self, *words):
+        self.words = [np.full(199, word, np.float32) for word in words]
+
+    def score(self, prompts):
+        return [self.words.pop(0) if len(self.words) > 1 else self.words[0] for _ in prompts]
+
+    def sleep(self):
+        pass
+
+    wake = sleep
+
+    def update_weights(self, tensors, **_):
+        pass
+
+
+def test_rows_that_come_wrong_through_the_pool(monkeypatch, tmp_path):
+    monkeypatch.setattr(pool, "under_fire", lambda *_, **__: {"wrong": 1, "changed": 1})
+    with pytest.raises(RuntimeError, match="came through the pool are wrong: .*'changed': 1"):
+        pool.measure(None, True, tmp_path)
+
+
+@pytest.mark.parametrize(("woke", "fails"), [(-2.0, False), (-2.01, True), (np.nan, True)])
+def test_an_engine_that_wakes_up_another(monkeypatch, tmp_path, woke, fails):
+    monkeypatch.setattr(sharing, "teacher_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(sharing, "start_engine", lambda *_, **__: nullcontext(Engine(-2.0, woke)))
+    with pytest.raises(RuntimeError, match="woke up another") if fails else nullcontext():
+        assert sharing.engine(True, tmp_path)["gap"] == 0
+
+
+@pytest.mark.parametrize(("after", "fails"), [(-np.log(4096), False), (-8.0, True), (np.nan, True)])
+def test_an_engine_that_kept_its_weights(monkeypatch, after, fails):
+    class Tensors(list):
+        gpu = None
+
+    class Student:
+        """Every id is as likely as any other."""
+
+        def __call__(self, tokens):
+            return jnp.zeros((*tokens.shape, 4))
+
+        def logits(self, hidden):
+            return jnp.zeros((len(hidden), 4096))
+
+    monkeypatch.setattr(sync, "EngineTensors", lambda *_, **__: Tensors([("weight", np.ones(4, np.float32))]))
+    with pytest.raises(RuntimeError, match="does not run the weights that were sent") if fails else nullcontext():
+        found = sync.sent(Student(), Engine(-8.0, after), "float32", "cpu")
+        assert found["gap_after"] < 1e-5 < 0.3 < found["gap_before"]
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(1.001, False), (1.003, True), (np.nan, True)])
+def test_a_fused_loss_that_is_another(monkeypatch, factor, fails):
+    rng = np.random.default_rng(0)
+    arrays = tuple(
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((300, 8), (8, 50), (300, 8), (8, 50))
+    )
+    monkeypatch.setattr(
+        loss, "fused", lambda name: lambda *few: factor * loss.naive(name)(*(jnp.float32(x) for x in few))
+    )
+    with pytest.raises(ArithmeticError, match="apart") if fails else nullcontext():
+        assert loss.checked(arrays) == pytest.approx(abs(factor - 1), rel=0.01)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_that_is_another(monkeypatch, causal):
+    """a kernel that is asked for in cuDNN's place, over a small model"""
+
+    def kernel(q, k, v, segment_ids, implementation):
+        if implementation == "xla":
+            return causal_attention(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    monkeypatch.setattr("kdjax.models.decoder.causal_attention", kernel)
+    monkeypatch.setattr(step, "shape", lambda size, toy: shape(size, True))
+    with nullcontext() if causal else pytest.raises(ArithmeticError, match="attention by cuDNN is not XLA's"):
+        found = step.kernels(False)
+        assert 0 < found["relative_gap_of_rows"] < 0.02 and found["relative_gap"] < 1e-3
