@@ -172,14 +172,15 @@ class SGLangEngine:
 
 
 def replicas(spec: EngineSpec) -> tuple[int, ...]:
-    """for each part of the pool which of SGLang's data-parallel replicas writes it; empty where there is only one
+    """for each part of the pool which of SGLang's data-parallel replicas writes it; empty where SGLang may choose
 
     It is the one whose GPUs hold the part, found by UUID, so that rows cross between GPUs no more than they must. Parts
-    on GPUs without a replica, and those in host memory, are shared out evenly.
+    on GPUs without a replica, and those in host memory, are shared out evenly. SGLang chooses where there is only one
+    replica, where they share GPUs, and where one would have nothing to do.
     """
     options, pool = spec.options, spec.pool
     count = options.get("dp_size", 1)
-    if pool is None or count == 1 or options.get("enable_dp_attention"):  # then they share GPUs, and SGLang routes
+    if pool is None or count == 1 or options.get("enable_dp_attention"):
         return ()
     names, first, size = gpus() if pool.blocks else [], options.get("base_gpu_id", 0), _gpus_a_replica(spec)
     of = {name: (number - first) // size for number, name in enumerate(names) if 0 <= number - first < count * size}
@@ -190,7 +191,7 @@ def replicas(spec: EngineSpec) -> tuple[int, ...]:
     for part in (part for part in range(pool.parts) if part not in found):
         parts = Counter(found.values())
         found[part] = min(range(count), key=lambda replica, parts=parts: parts[replica])
-    return tuple(found[part] for part in range(pool.parts))
+    return tuple(found[part] for part in range(pool.parts)) if len(set(found.values())) == count else ()
 
 
 def no_detokenizer(*_: object) -> None:

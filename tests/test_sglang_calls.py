@@ -116,7 +116,8 @@ def test_a_sampling_in_sglangs_words():
     [
         ("cdab", {"dp_size": 2, "tp_size": 2}, (1, 1, 0, 0)),
         ("cdab", {"dp_size": 2, "base_gpu_id": 2}, (0, 1, 0, 1)),  # on c and d; the others' shards are shared out
-        ("ccad", {"dp_size": 4}, (2, 2, 0, 3)),
+        ("dcba", {"dp_size": 4}, (3, 2, 1, 0)),
+        ("ccad", {"dp_size": 4}, ()),  # the copy on b would have nothing to read
         ("", {"dp_size": 2}, (0, 1, 0, 1)),
         ("cdab", {}, ()),
         ("cdab", {"dp_size": 2, "tp_size": 4, "enable_dp_attention": True}, ()),
@@ -133,8 +134,8 @@ def test_prompts_are_read_by_the_copy_of_the_teacher_on_the_gpu_that_trains_on_t
     async def async_generate(input_ids, sampling_params, rid, routed_dp_rank):
         asked.append((routed_dp_rank, [int(name.split(":")[3]) for name in rid], input_ids))
         await asyncio.sleep(0)
-        stop = {"type": "abort", "message": "too long"} if [9] in input_ids else {"type": "length"}
-        return [{"meta_info": {"finish_reason": stop}} for _ in rid]
+        aborted = {"type": "abort", "message": "too long"}
+        return [{"meta_info": {"finish_reason": aborted if ids == [9] else {"type": "length"}}} for ids in input_ids]
 
     def generate(input_ids, sampling_params, rid):
         return asyncio.run(async_generate(input_ids, sampling_params, rid, None))

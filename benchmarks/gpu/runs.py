@@ -159,4 +159,4 @@ def run(out: Path, values: dict[str, Any], skip: int) -> dict[str, Any]:
     speeds["median"] = speeds.pop("seconds")
     shutil.rmtree(out / "checkpoints")  # gigabytes
     found |= {"tokens_per_second": speeds, "losses": [w["loss"] for w in windows]}
-    return found | {"k3": [w["rollout/k3"] for w in windows if "rollout/k3" in w]}
+    return found | ({"k3": [w["rollout/k3"] for w in windows]} if "rollout/k3" in windows[0] else {})
