@@ -151,7 +151,7 @@ def test_neither_jax_nor_sleep_is_asked_for(values, scripted, monkeypatch):
 def test_a_terminal_shows_a_bar_with_rates_in_place_of_lines(values, scripted):
     scripted(right)
     display = Display()
-    display.console = Console(file=StringIO(), force_terminal=True, width=120)
+    display.console = Console(file=StringIO(), force_terminal=True, highlight=False, width=120)
     generate(from_dict(values), display)
     shown = display.console.file.getvalue()
     assert "7/7" in shown and "answers/s  ended 100%" in shown and "━" in shown
