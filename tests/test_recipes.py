@@ -65,7 +65,10 @@ def test_it_runs_at_toy_size(root, tiny_teacher, tmp_path, name):
     assert load_model(result.export, abstract=True).config.hidden_size == 48
 
 
-@pytest.mark.parametrize("name", ["on_policy", "self_distill", "context_distill"])
+@pytest.mark.parametrize(
+    "name",
+    ["on_policy", *(pytest.param(name, marks=pytest.mark.full) for name in ("self_distill", "context_distill"))],
+)
 def test_a_configuration_for_a_cpu_runs_at_toy_size(root, tiny_teacher, tmp_path, monkeypatch, name):
     monkeypatch.chdir(root)
     smaller = [f"output={tmp_path}/run", f"student.path={tiny_teacher}", f"teacher.path={tiny_teacher}", "mesh.data=1"]
