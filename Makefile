@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tensors in huge pages: a step on a CPU asks the kernel for a quarter of a gigabyte in pages of 4 KiB otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 
 .PHONY: setup quickstart teacher test test-full bench bench-full gpu docs lint clean

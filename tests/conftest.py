@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Compiling is most of the suite's work and takes a quarter as long like this; child processes inherit it. The tests that
+# Compiling is most of the suite and takes a quarter as long like this; child processes inherit it. The tests that
 # prove numbers, memory and communication ask for `optimized`; `make test-full` compiles everything as runs do.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
@@ -21,6 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# The files that take longest: begun last, one would keep one of two workers busy alone at the end.
+LONGEST = [f"test_{name}.py" for name in ("resume", "train", "step", "on_policy", "self_teacher", "interrupt",
+           "linear_divergence", "not_finite", "survive_engine", "survive_rollouts", "engines", "recipes")]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture
