@@ -36,7 +36,8 @@ bench-full: bench  ## and what distillation is worth, over several seeds: three 
 	$(BIN)/python -m benchmarks.on_policy
 	$(BIN)/python -m benchmarks.table
 
-gpu: setup  ## on a machine with a GPU: check and measure, ten minutes
+gpu: setup  ## on a machine with a GPU: check and measure, ten minutes; Liger's loss too, where it can be installed
+	-$(PIP) --no-deps liger-kernel
 	$(BIN)/python -m benchmarks.gpu
 
 docs: setup  ## into site/; a link that leads nowhere in it is an error (the web's are not followed)
