@@ -52,11 +52,11 @@ def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capfd, monkeyp
     file.write_text(yaml.safe_dump(run_values))
     left, close = [], RemoteEngine.close
 
-    def look_and_close(engine, *timeout):
+    def look_and_close(engine, **deadline):
         if engine.pid is not None:
             server = engine._server
             left.append((family(engine.pid), [server.folder, *server.leftovers, engine.pool.spec.path]))
-        close(engine, *timeout)
+        close(engine, **deadline)
 
     monkeypatch.setattr(RemoteEngine, "close", look_and_close)
     began = time.perf_counter()
