@@ -10,8 +10,8 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml requirements/*.txt | cksum | 
 
 .PHONY: setup quickstart teacher test test-full bench bench-full gpu docs lint clean
 
-quickstart: setup
-	$(BIN)/python -m kdjax.train --config configs/quickstart.yaml overwrite=true
+quickstart: setup  ## on one device: its batch is a single row
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m kdjax.train --config configs/quickstart.yaml overwrite=true
 
 teacher: setup  ## train the quickstart's teacher anew (an hour on two cores)
 	$(BIN)/python -m kdjax.train --config configs/quickstart_teacher.yaml
@@ -37,7 +37,7 @@ bench-full: bench  ## and what distillation is worth, over several seeds: three 
 	$(BIN)/python -m benchmarks.table
 
 gpu: setup  ## on a machine with a GPU: check and measure, ten minutes; Liger's loss too, where it can be installed
-	-$(PIP) --no-deps liger-kernel
+	-$(BIN)/python -c 'import liger_kernel' 2>/dev/null || $(PIP) --no-deps 'liger-kernel>=0.6,<0.9'
 	$(BIN)/python -m benchmarks.gpu
 
 docs: setup  ## into site/; a link that leads nowhere in it is an error (the web's are not followed)

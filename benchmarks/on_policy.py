@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.record import ROOT, machine, record, write_between
-from benchmarks.runs import made_at, trained
+from benchmarks.runs import digest, made_at, trained
 from kdjax.config import load_config
 from kdjax.generation.tasks import evaluate_task
 from kdjax.training.progress import Display
@@ -68,12 +68,12 @@ def exact_match(model: Path | str, rows: str, out: Path) -> float:
     return evaluate_task(config, model, "gsm8k", display=Display(quiet=True))["accuracy"]
 
 
-def run(warm: Path, method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str, Any]:
-    """One method from the common student in ``warm`` on; returns its exact match, tokens and seconds."""
-    out = RUNS / f"{method}-{rate:g}-{seed}"
+def run(home: Path, method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str, Any]:
+    """One method from the common student in ``home`` on; returns its exact match, tokens and seconds."""
+    out = home / f"{method}-{rate:g}-{seed}"
     shape = [f"train.batch_size={RESPONSES}", f"rollout.prompts={RESPONSES}", "data.packing=false"]
     shape += ["rollout.max_new_tokens=96", "rollout.threads=1"]
-    start = [f"student.path={warm / 'export'}", "student.init=pretrained", "student.config={}"]
+    start = [f"student.path={home / 'warm' / 'export'}", "student.init=pretrained", "student.config={}"]
     schedule = [f"train.steps={steps}", f"train.learning_rate={rate}", f"train.min_lr={rate / 10}"]
     result = train(out, *shape, *start, *schedule, f"train.seed={seed}", *METHODS[method])
     result |= {"seed": seed, "rate": rate, "exact_match": exact_match(out / "export", rows, out)}
@@ -82,18 +82,19 @@ def run(warm: Path, method: str, rate: float, seed: int, steps: int, rows: str) 
 
 
 def measure(seeds: list[int], warm: int, steps: int, rates: list[float], methods: list[str]) -> dict[str, Any]:
-    common = RUNS / f"warm-{warm}"  # its name is part of every run's configuration
-    train(common, f"train.steps={warm}", "train.seed=0")
+    first = (f"train.steps={warm}", "train.seed=0")
+    home = RUNS / digest(CONFIG, *first)  # so that what starts from another student is not taken for these runs
+    train(home / "warm", *first)
     found: dict[str, Any] = {"seeds": seeds, "warm_steps": warm, "steps": steps, "responses_a_step": RESPONSES}
-    found["teacher"] = exact_match(load_config(CONFIG).teacher.path, TEST_ROWS, RUNS / "teacher")
-    found["start"] = exact_match(common / "export", TEST_ROWS, common)
+    found["teacher"] = exact_match(load_config(CONFIG).teacher.path, TEST_ROWS, home / "teacher")
+    found["start"] = exact_match(home / "warm" / "export", TEST_ROWS, home / "warm")
     print(f"teacher {found['teacher']:.3f}, common student {found['start']:.3f}", flush=True)
-    found["tuning"] = {m: [run(common, m, rate, TUNING_SEED, steps, TUNING_ROWS) for rate in rates] for m in methods}
+    found["tuning"] = {m: [run(home, m, rate, TUNING_SEED, steps, TUNING_ROWS) for rate in rates] for m in methods}
     found["runs"] = {}
     for method, tried in found["tuning"].items():
         best = max(tried, key=lambda result: result["exact_match"])["rate"]
-        found["runs"][method] = [run(common, method, best, seed, steps, TEST_ROWS) for seed in seeds]
-    return {"commit": made_at(RUNS)} | found
+        found["runs"][method] = [run(home, method, best, seed, steps, TEST_ROWS) for seed in seeds]
+    return {"commit": made_at(home.iterdir())} | found
 
 
 def table(result: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def measure(seeds: list[int]) -> dict[str, Any]:
     for seed in seeds:
         runs["kd_long"].append(held_out("kd_long", seed, LONG * steps))
         runs["sft_long"].append(held_out("sft_long", seed, LONG * steps, *SFT))
-    return {"commit": made_at(RUNS), "seeds": seeds, "step_seconds": timed, "runs": runs}
+    return {"commit": made_at(RUNS.iterdir()), "seeds": seeds, "step_seconds": timed, "runs": runs}
 
 
 def table(result: dict[str, Any]) -> str:

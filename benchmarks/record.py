@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "sglang")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "sglang", "liger-kernel")
 
 
 def record(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "load": round(os.getloadavg()[0], 2),
+        "tunables": os.environ.get("GLIBC_TUNABLES"),
     }
 
 

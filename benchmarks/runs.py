@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,14 @@ def is_run_of(out: Path, config: Path, asked: list[str]) -> bool:
     return all(getattr(saved, name) == getattr(now, name) for name in to_dict(now) if name not in unread)
 
 
-def made_at(folder: Path) -> str:
-    """The commits that the finished runs in ``folder`` were made at; "unknown" stands for runs that do not say."""
-    notes = [result.parent / COMMIT for result in folder.glob("*/result.json")]
+def digest(config: Path, *overrides: str) -> str:
+    """A short name for what a run computes, for the folder that other runs start from."""
+    values = to_dict(load_config(config, overrides))
+    read = {name: values[name] for name in sorted(values.keys() - set(UNREAD))}
+    return hashlib.sha256(json.dumps(read, default=str).encode()).hexdigest()[:8]
+
+
+def made_at(folders: Iterable[Path]) -> str:
+    """The commits that the runs in ``folders`` were made at; "unknown" stands for runs that do not say."""
+    notes = [folder / COMMIT for folder in folders if (folder / "result.json").exists()]
     return ", ".join(sorted({note.read_text() if note.exists() else "unknown" for note in notes}))

@@ -218,11 +218,11 @@ class RemoteEngine:
 
     def _launch(self) -> None:
         self.holds: object = None
-        self._server = _Server(self.spec, self.log)
+        server = self._server = _Server(self.spec, self.log)
         if self._closed:  # by another thread, which had no server to end yet
             self._stop()
             raise EngineError(f"{self._name()} is closed")
-        self._send(self._server, self._server.work, self.spec, self.start_timeout, "starting")
+        self._send(server, server.work, self.spec, self.start_timeout, "starting")
 
     def _stop(self) -> None:
         server, self._server = self._server, None

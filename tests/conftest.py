@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def optimized():
-    """XLA's usual optimizations, for tests that are about what they make of the program."""
+    """XLA's usual optimizations, fusion emitters apart, for tests that are about what they make of the program."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -42,7 +42,7 @@ def strike(child: int, output: Path, moment: str, chance: random.Random) -> tupl
     """kill ``child`` at a ``moment``; returns its exit code, and what it was doing then"""
     began = time.monotonic()
     known = {path.name for path in output.glob("checkpoints/*")}
-    after = {"save": (0, 0.02), "start-up": (0, 0.5), "training": (0.05, 0.6), "export": (0, 0)}[moment]
+    after = {"save": (0, 0), "start-up": (0, 0.5), "training": (0.05, 0.6), "export": (0, 0)}[moment]
     at = began + chance.uniform(*after) if moment == "start-up" else None
     while (code := ended(child)) is None:
         fresh = {path.name for path in output.glob("checkpoints/*")} - known
@@ -55,7 +55,7 @@ def strike(child: int, output: Path, moment: str, chance: random.Random) -> tupl
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if moment == "start-up":  # where what a life before left half-written still lies there
                 return code, "training" if fresh else moment
-            return code, "save" if saves else moment
+            return code, "save" if saves and moment != "export" else moment
         time.sleep(0.0005)
     return code, "nothing"
 

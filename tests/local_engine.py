@@ -35,15 +35,14 @@ class LocalEngine(RemoteEngine):
         pass
 
     def close(self, timeout=0.0):
-        self._stop()
-
-    def kill(self):
-        self._stop()
+        self.kill()
 
     def _launch(self):
         from bridge.host import Host
         from bridge.sglang_platform import mend_torchvision
 
+        if self._closed:
+            raise EngineError(f"{self._name()} is closed")
         mend_torchvision()
         self.holds, self._server, self.starts = None, Host(self.spec), self.starts + 1
 

@@ -63,7 +63,7 @@ def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, m
     monkeypatch.setattr(runs.subprocess, "run", train)
     monkeypatch.setattr(runs, "commit", lambda: "abc")
     assert quickstart.run("kd", 0, 7) == quickstart.run("kd", 0, 7) == [{"steps": 7}]
-    assert runs.made_at(tmp_path) == "abc" and asked == [True]
+    assert runs.made_at(tmp_path.iterdir()) == "abc" and asked == [True]
     assert quickstart.run("kd", 0, 8) == [{"steps": 8}]
     quickstart.run("kd", 0, 8, *quickstart.SFT)
     assert asked == [True] * 3
@@ -78,7 +78,7 @@ def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, m
     quickstart.run("kd", 0, 8, *quickstart.SFT)
     assert len(asked) == 4
     (tmp_path / "kd-0" / "commit").unlink()
-    assert runs.made_at(tmp_path) == "unknown"
+    assert runs.made_at(tmp_path.iterdir()) == "unknown"
 
 
 def test_programs_take_turns_and_a_round_lasts_as_long_as_asked():

@@ -33,7 +33,9 @@ def make(root, tmp_path):
     def run(target, gpu=False):
         stand_in(tmp_path / "tools" / "nvidia-smi", f"exit {0 if gpu else 1}")
         command = ["make", "-s", target, f"PYTHON={sys.executable}", "PIP=echo pip"]
-        environment = os.environ | {"PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}"}
+        outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PARALLEL", "VENV"}  # what runs these tests
+        environment = {name: value for name, value in os.environ.items() if name not in outer}
+        environment["PATH"] = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if line.startswith(("pip ", "python "))]

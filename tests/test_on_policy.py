@@ -229,7 +229,7 @@ def test_policy_gradient_refuses_what_would_be_wrong(on_policy_values, distill, 
         ({"rollout": {"max_new_tokens": 300}}, "leaves no room for a prompt"),
         ({"teacher": {}}, "judged by a teacher"),
         ({"rollout": {"reward": "gsm8k"}}, "compares responses to one prompt"),
-        ({"teacher": {"path": "t", "update_every": 1, "dp": 2}}, "new weights in one copy alone; set teacher.dp=1"),
+        ({"teacher": {"path": "t", "update_every": 1, "dp": 2}}, "where there are several copies; set teacher.dp=1"),
         ({"colocate": True, "rollout": {"max_staleness": 2, "max_new_tokens": 8}}, "colocate takes turns"),
     ],
 )

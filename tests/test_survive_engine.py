@@ -180,12 +180,13 @@ def test_nobody_starts_an_engine_again_behind_the_end_of_the_run():
             revived.ask(question)
         raised.append(str(caught.value))
 
-    revived = Revived(engine, 3, lambda line: None)
+    told: list[str] = []
+    revived = Revived(engine, 3, told.append)
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
     assert started.wait(10)
-    time.sleep(0.05)  # for the other to wait
+    wait_until(lambda: len(told) == 2, 10)  # behind this only the turn is waited for
     revived.end()
     ended.set()
     for thread in threads:

@@ -95,7 +95,9 @@ def check_followers(config: Any) -> None:
         if config.checkpoint.export_teacher:
             raise ValueError("checkpoint.export_teacher is for a teacher that changes: set teacher.update_every")
     elif teacher.dp > 1:
-        raise ValueError("teacher.update_every: SGLang takes new weights in one copy alone; set teacher.dp=1")
+        raise ValueError(
+            "teacher.update_every: SGLang takes no new weights where there are several copies; set teacher.dp=1"
+        )
     elif student.init != "pretrained" or student.path != teacher.path:
         raise ValueError(
             "teacher.update_every makes the teacher an earlier self of the student, so both start alike: set "

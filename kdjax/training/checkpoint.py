@@ -25,7 +25,7 @@ _FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "genera
     for group, keys in {
         "train": "eval_every eval_rows eval_functions offload compilation_cache",
         "data": "workers",
-        "teacher": "engine tp pp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
+        "teacher": "engine tp pp dp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
         "resident",
         "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout restarts resident "
         "show_every max_k3",
