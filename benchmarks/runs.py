@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,8 +25,7 @@ def trained(out: Path, config: Path, *overrides: str) -> list[dict[str, Any]]:
     if not (same and (out / "result.json").exists()):
         fresh = [] if same else ["overwrite=true"]
         command = [sys.executable, "-m", "kdjax.train", "--config", str(config), *asked, *fresh]
-        environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".cache" / "jax"))
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         (out / COMMIT).write_text(commit())
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -391,8 +391,8 @@ class _Window:
 
     def _start(self, step: int) -> None:
         self._first, self._tokens, self._since = step, 0, time.perf_counter()
-        known = {name: 0.0 for name in self.LOOPS if name in self._seconds}
-        self._seconds = defaultdict(float, known)
+        # What the loop does is told in every window once it was seen, where it took no time too.
+        self._seconds = defaultdict(float, {name: 0.0 for name in self.LOOPS if name in self._seconds})
 
     def took(self, batch: DeviceBatch) -> None:
         """A batch was waited for and placed."""
