@@ -7,13 +7,14 @@ from benchmarks.lines import LINES
 
 
 @pytest.fixture
-def made_up(monkeypatch):
+def made_up(monkeypatch, tmp_path):
     """Runs that take no time; exact match depends on method, rate, seed and rows in a known way."""
     trained = []
     rates = {"off_policy": 1e-3, "on_policy": 3e-3}
 
     def train(out, *overrides):
         trained.append((out.name, overrides))
+        out.mkdir(parents=True)
         return {"tokens": 5000.0, "seconds": 2.0}
 
     def exact_match(model, rows, out):
@@ -26,6 +27,7 @@ def made_up(monkeypatch):
         assert rows == (on_policy.TUNING_ROWS if int(seed) == on_policy.TUNING_SEED else on_policy.TEST_ROWS)
         return 0.5 + 0.1 * (method == "on_policy") - abs(float(rate) - rates[method]) + 0.01 * (int(seed) % 100)
 
+    monkeypatch.setattr(on_policy, "RUNS", tmp_path)
     monkeypatch.setattr(on_policy, "train", train)
     monkeypatch.setattr(on_policy, "exact_match", exact_match)
     return trained
