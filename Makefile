@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tensors in huge pages: a step on a CPU asks the kernel for a quarter of a gigabyte in pages of 4 KiB otherwise.
+# Tensors in huge pages: a step on a CPU asks the kernel for most of its tensors anew, in pages of 4 KiB otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP := $(BIN)/pip --disable-pip-version-check install -q --no-warn-conflicts
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder

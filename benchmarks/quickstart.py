@@ -115,7 +115,8 @@ def table(result: dict[str, Any]) -> str:
             row(f"**student, distilled, {LONG}× the steps**", "kd_long"),
             row(f"student, SFT, its best evaluation in {LONG}× the steps", "sft_long", "best"),
             "",
-            f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; {machine['cpu']}, "
+            f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; training: steps × seconds "
+            f"of a step in the fastest {WINDOW} of {TIMED_RUNS} runs that took turns; {machine['cpu']}, "
             f"{machine['cores']} cores. Every number: [benchmarks/results/quickstart.json]"
             "(benchmarks/results/quickstart.json).",
         ]

@@ -27,7 +27,7 @@ def engine_device() -> str:
 
 
 def engine_dtype(dtype: str, device: str) -> str:
-    """What an engine computes in: ``auto`` is float32 on a CPU, where bfloat16 is slow, and bfloat16 on a GPU."""
+    """What an engine computes in: ``auto`` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 may be slow."""
     return {"cpu": "float32", "cuda": "bfloat16"}[device] if dtype == "auto" else dtype
 
 

@@ -26,6 +26,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # The files that take longest: begun last, one would keep one of two workers busy alone at the end.
 LONGEST = [f"test_{name}.py" for name in ("resume", "train", "step", "on_policy", "self_teacher", "interrupt",
            "linear_divergence", "not_finite", "survive_engine", "survive_rollouts", "engines", "recipes")]  # fmt: skip
+assert all((ROOT / "tests" / name).exists() for name in LONGEST), "a file of LONGEST has another name now"
 
 
 def pytest_collection_modifyitems(items):
@@ -33,13 +34,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def optimized():
-    """XLA's usual optimizations, fusion emitters apart, for tests that are about what they make of the program."""
+    """XLA's usual optimizations, fusion emitters apart, for files that are about what they make of the program.
+
+    Programs are forgotten before and after: JAX would use one that was compiled with the other setting.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

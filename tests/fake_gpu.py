@@ -41,7 +41,9 @@ class Mapping:
 
 
 def play(monkeypatch, module, gpus):
-    """Give ``module`` these classes, and these names for its GPUs, in place of the driver's."""
-    for name, value in {"Allocation": Allocation, "Mapping": Mapping, "gpus": lambda: gpus, "CUDA": CPU}.items():
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, value)
+    """Give ``module`` these classes, and these names for its GPUs, in place of what it has of the driver's."""
+    MEMORY.clear()
+    Mapping.opened = 0
+    played = {"Allocation": Allocation, "Mapping": Mapping, "gpus": lambda: gpus, "CUDA": CPU}
+    for name in played.keys() & vars(module).keys():
+        monkeypatch.setattr(module, name, played[name])

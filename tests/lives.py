@@ -46,16 +46,16 @@ def strike(child: int, output: Path, moment: str, chance: random.Random) -> tupl
     at = began + chance.uniform(*after) if moment == "start-up" else None
     while (code := ended(child)) is None:
         fresh = {path.name for path in output.glob("checkpoints/*")} - known
-        exports = [*output.glob(".export*"), *output.glob("export")]
-        if at is None and (exports if moment == "export" else fresh):
+        if at is None and (any(output.glob(".export*")) if moment == "export" else fresh):
             at = time.monotonic() + chance.uniform(*after)
         if at is not None and time.monotonic() >= at:
             saves = any("tmp" in path.name for path in output.glob("checkpoints/*"))
+            exports = any(output.glob(".export*"))
             os.kill(child, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if moment == "start-up":  # where what a life before left half-written still lies there
+            if moment == "start-up":  # what an earlier life left half-written may lie there still
                 return code, "training" if fresh else moment
-            return code, "save" if saves and moment != "export" else moment
+            return code, "export" if exports else "save" if saves else "training"
         time.sleep(0.0005)
     return code, "nothing"
 

@@ -105,3 +105,10 @@ def run(step: Step, steps: int, accumulate: int = 1) -> list[dict[str, float]]:
 def parameters(step: Step) -> dict[str, np.ndarray]:
     flat = jax.tree_util.tree_leaves_with_path(step.state["params"])
     return {jax.tree_util.keystr(path): np.asarray(value) for path, value in flat}
+
+
+def close(a, b, tolerance):
+    """‖a − b‖ ≤ tolerance · ‖a‖ for every parameter. Not entry by entry: where a gradient is nearly zero, Adam makes a
+    whole step of the sign of its last bit."""
+    for name in a:
+        assert np.linalg.norm(a[name] - b[name]) <= tolerance * np.linalg.norm(a[name]), name

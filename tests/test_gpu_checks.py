@@ -1,5 +1,6 @@
 """Does `make gpu` fail where what it measures is wrong? Nothing of it is run here: only what judges."""
 
+import json
 from contextlib import nullcontext
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import loss, pool, sharing, step, sync
+from benchmarks.gpu import __main__ as gpu, loss, pool, sharing, step, sync
 from benchmarks.gpu.shapes import shape
 from kdjax.models.attention import causal_attention
 
@@ -64,17 +65,44 @@ def test_an_engine_that_kept_its_weights(monkeypatch, after, fails):
         assert found["gap_after"] < 1e-5 < 0.3 < found["gap_before"]
 
 
-@pytest.mark.parametrize(("factor", "fails"), [(1.001, False), (1.003, True), (np.nan, True)])
-def test_a_fused_loss_that_is_another(monkeypatch, factor, fails):
+@pytest.mark.parametrize(("found", "code"), [({"failed": "why"}, 1), ({"left_out": "no time"}, 0), ({"seconds": 1}, 0)])
+def test_a_case_that_fails_fails_the_command(monkeypatch, tmp_path, found, code):
+    out = tmp_path / "toy.json"
+    monkeypatch.setattr(gpu, "run", lambda *_: dict(found))
+    monkeypatch.setattr("sys.argv", ["gpu", "--toy", "--sections", "pool", "--out", str(out)])
+    assert gpu.main() == code
+    assert json.loads(out.read_text())["pool"] == found
+
+
+@pytest.mark.parametrize(
+    ("values", "gradients", "said"),
+    [
+        (1.001, 1.01, None),
+        (1.003, 1.0, "value"),
+        (np.nan, 1.0, "value"),
+        (1.0, 1.03, "hidden"),
+    ],
+)
+def test_a_fused_loss_that_is_another(monkeypatch, values, gradients, said):
     rng = np.random.default_rng(0)
     arrays = tuple(
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((300, 8), (8, 50), (300, 8), (8, 50))
     )
-    monkeypatch.setattr(
-        loss, "fused", lambda name: lambda *few: factor * loss.naive(name)(*(jnp.float32(x) for x in few))
-    )
-    with pytest.raises(ArithmeticError, match="apart") if fails else nullcontext():
-        assert loss.checked(arrays) == pytest.approx(abs(factor - 1), rel=0.01)
+
+    def another(name):
+        def run(*few):
+            value = loss.naive(name)(*(jnp.float32(x) for x in few))
+            return gradients * value + jax.lax.stop_gradient((values - gradients) * value)
+
+        return run
+
+    monkeypatch.setattr(loss, "fused", another)
+    with nullcontext() if said is None else pytest.raises(ArithmeticError, match=f"fused kl .* apart: {said}"):
+        for gap in loss.checked(arrays).values():
+            assert gap["value"] == pytest.approx(values - 1, rel=0.02)
+            assert gap["head"] == pytest.approx(gradients - 1, rel=0.1)
+    if said is None:
+        assert loss.checked(arrays).keys() == {"kl", "jsd"}
 
 
 @pytest.mark.parametrize("causal", [True, False])

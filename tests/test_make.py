@@ -1,4 +1,4 @@
-"""What `make` would do on a fresh clone: executed, with stand-ins for pip, Python and the GPU's tool."""
+"""What `make` would do where nothing is installed: executed, with stand-ins for pip, Python and the GPU's tool."""
 
 import os
 import shutil
@@ -13,7 +13,9 @@ CPU = [
     "pip -r requirements/cpu.txt",
     "pip --no-deps -e .",
 ]
-QUICKSTART = "python -m kdjax.train --config configs/quickstart.yaml overwrite=true"
+QUICKSTART = "python -m kdjax.train --config configs/quickstart.yaml overwrite=true on GPU 0"
+PYTHON = """echo "python $@${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}"
+case "$*" in *"import liger_kernel"*) exit 1; esac"""
 
 
 @pytest.fixture
@@ -28,12 +30,13 @@ def make(root, tmp_path):
         file.write_text(f"#!/bin/sh\n{text}\n")
         file.chmod(0o755)
 
-    stand_in(tmp_path / ".venv" / "bin" / "python", 'echo python "$@"')
+    stand_in(tmp_path / ".venv" / "bin" / "python", PYTHON)
 
     def run(target, gpu=False):
         stand_in(tmp_path / "tools" / "nvidia-smi", f"exit {0 if gpu else 1}")
         command = ["make", "-s", target, f"PYTHON={sys.executable}", "PIP=echo pip"]
-        outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PARALLEL", "VENV"}  # what runs these tests
+        # What runs these tests says nothing to what they run.
+        outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PARALLEL", "VENV", "CUDA_VISIBLE_DEVICES"}
         environment = {name: value for name, value in os.environ.items() if name not in outer}
         environment["PATH"] = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -53,6 +56,11 @@ def test_the_quickstart_sets_up_first_and_once(make, tmp_path):
 
 def test_a_machine_with_a_gpu_gets_its_packages(make):
     assert make("setup", gpu=True) == ["pip -e .[gpu,test,docs,wandb]"]
+
+
+def test_a_benchmark_on_a_gpu_has_ligers_loss_beside_ours(make):
+    *_, liger, measured = make("gpu", gpu=True)
+    assert liger.startswith("pip --no-deps liger-kernel") and measured == "python -m benchmarks.gpu"
 
 
 def test_ci_runs_what_a_person_runs(make, root):

@@ -175,7 +175,9 @@ def test_stale_responses_overlap_with_training_and_are_weighed(on_policy_values,
     go(on_policy_values)
     ages = metrics(tmp_path / "run", "rollout/staleness")
     assert 0.0 <= min(ages) and max(ages) <= staleness and sum(ages) >= 3
-    versions = {r["version"] for number in range(1, 7) for r in rollouts(tmp_path / "run", number)}
+    written = [(number, r["version"]) for number in range(1, 7) for r in rollouts(tmp_path / "run", number)]
+    assert max(number - 1 - version for number, version in written) == staleness
+    versions = {version for _, version in written}
     assert len(versions) > 1 and all(version % every == 0 for version in versions)
     assert max(metrics(tmp_path / "run", "rollout/hidden")) > 0.05
     weights = metrics(tmp_path / "run", "rollout/weight")

@@ -1,4 +1,4 @@
-"""The recipes parse, every line of their table too, and each file runs at toy size, those beside them too."""
+"""The recipes parse, every line of their table too; each runs at toy size, and so does each file in configs/."""
 
 import json
 import re

@@ -73,14 +73,20 @@ def test_a_run_goes_on_from_what_a_signal_saved(values, tmp_path):
     assert losses(values["output"]) == losses(tmp_path / "whole")
 
 
-def test_a_save_is_written_while_training_goes_on(tmp_path, monkeypatch):
-    """held in the thread that writes it, it does not hold who asked for it"""
-    goes_on, finalize = threading.Event(), ocp.CompositeCheckpointHandler.finalize
-    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", lambda *a: (goes_on.wait(10), finalize(*a)))
+def test_who_asks_for_a_save_does_not_wait_for_it(tmp_path, monkeypatch):
+    """held in the thread that writes it"""
+    entered, goes_on, finalize = threading.Event(), threading.Event(), ocp.CompositeCheckpointHandler.finalize
+
+    def held(*arguments):
+        entered.set()
+        goes_on.wait(10)
+        finalize(*arguments)
+
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", held)
     state = {"params": {"student": {"w": jnp.ones(3)}, "extra": {}}, "step": jnp.int32(1)}
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(1, state, {})
-        assert not (tmp_path / "1").exists()
+        assert entered.wait(10) and not (tmp_path / "1").exists()
         goes_on.set()
         checkpoints.wait()
         assert (tmp_path / "1").is_dir()

@@ -248,5 +248,5 @@ def test_sglang_interrupted_equals_uninterrupted(values, tmp_path, monkeypatch):
     del asked[values["output"]]
     go(values)
     assert losses(values["output"]) == pytest.approx(losses(whole), rel=1e-5)
-    again = asked[values["output"]]  # from its save on, also what the dead run had asked before it died
+    again = asked[values["output"]]  # the second life asks from step 5 on, and for the same documents
     assert min(again) == 5 and [again[n] for n in (5, 6)] == [asked[whole][n] for n in (5, 6)]

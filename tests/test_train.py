@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from processes import family, gone
-from run_tools import Watcher, servers
+from run_tools import Watcher, servers, wait_until
 from safetensors.numpy import load_file
 
 from bridge.client import RemoteEngine
@@ -65,10 +65,11 @@ def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capfd, monkeyp
     elapsed = time.perf_counter() - began
     shown, error = capfd.readouterr()
     assert error == ""
-    _, (teacher, _) = left  # before the teacher's, transformers, which reads the export
+    _, (teacher, _) = left  # the first was transformers', which read the export
     assert len(teacher) >= 3
     for pids, files in left:
-        assert all(map(gone, pids)) and not [file for file in files if Path(file).exists()]
+        wait_until(lambda pids=pids: all(map(gone, pids)), 10)
+        assert not [file for file in files if Path(file).exists()]
     for words in ("student", "teacher (sglang)", "preflight", "compile", "export", "report"):
         assert re.search(rf"^{re.escape(words)} +\d+\.\d s$", shown, re.M), words
     for words in ("held-out at step 0", "step 12/12", "Q: How many?", "agreement"):
@@ -99,12 +100,13 @@ def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capfd, monkeyp
 
 
 def seconds_add_up(records, elapsed):
-    """a step's to the whole of it, and steps and stages to what a clock beside the run has measured"""
+    """a step's parts within it, and steps and stages to what a clock beside the run has measured"""
     stages = sum(value for record in records for name, value in record.items() if name.startswith("stage/"))
     steps = [record for record in records if "seconds/step" in record]
     for record in steps:
-        parts = sum(record[f"seconds/{name}"] for name in ("waiting", "transfer", "student"))
-        assert record["seconds/teacher"] > 0 and parts == pytest.approx(record["seconds/step"])
+        assert record["seconds/teacher"] > 0
+        assert 0 <= record["seconds/waiting"] + record["seconds/transfer"] <= record["seconds/step"]
+    assert sum(record["seconds/student"] for record in steps) > 0
     assert 0.6 * elapsed < stages + sum(record["seconds/step"] for record in steps) <= elapsed
 
 
@@ -175,7 +177,7 @@ def test_exit_code_2_and_one_line(run_values, tmp_path, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and "nowhere" in error
 
 
-def test_layers_of_the_teacher_become_a_student_that_speaks_as_the_teacher_does(run_values, tmp_path, local_engines):
+def test_layers_of_the_teacher_become_a_student_with_its_tokenizer_and_template(run_values, tmp_path, local_engines):
     run_values["student"] = {"init": "layers", "layers": [1]}
     run_values["train"] |= {"steps": 2, "learning_rate": 1e-9, "eval_every": None, "eval_rows": 1}
     result = go(run_values)

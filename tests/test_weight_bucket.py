@@ -24,7 +24,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     bridge.weight_sync._opened.cache_clear()
-    Mapping.opened = 0
     yield waits
     bridge.weight_sync._opened.cache_clear()
 

@@ -43,12 +43,12 @@ JOBS: tuple[tuple[str, str | None, int], ...] = (
     ("runs", "off-policy", 170),
     ("runs", "on-policy", 120),
     ("step", "attention", 45),
+    ("sync", None, 75),
     ("runs", "colocated", 120),
     ("step", "1.7B, 4 rows, remat none", 75),
     ("step", "4B, 2 rows, remat none", 75),
     ("sharing", "parameters", 45),
     ("sharing", "engine", 75),
-    ("sync", None, 75),
     ("sharing", "allocators", 45),
     ("step", "0.6B, 8 rows, remat dots", 60),
     ("step", "0.6B, 8 rows, remat none", 60),
@@ -111,7 +111,7 @@ def main() -> int:
             if section not in given.sections or (given.toy and "remat" in (case or "") and section in measured):
                 continue
             left = min(seconds, end - time.monotonic())
-            found = run(section, case, left, given.toy, Path(folder)) if left > 0 else {"failed": "no time was left"}
+            found = run(section, case, left, given.toy, Path(folder)) if left > 0 else {"left_out": "no time"}
             failed |= "failed" in found
             measured |= {section: found} if case is None else {section: measured.get(section, {}) | {case: found}}
             record(out, measured)

@@ -59,7 +59,7 @@ def allocators(toy: bool, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-c", TRIAL, str(size)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            found[name] = {"failed": done.stderr[-1000:]}
+            found |= {name: {}, "failed": f"{name}: {done.stderr[-1000:]}"}
         else:
             found[name] = dict(zip(("taken", "given_back"), map(int, done.stdout.split()), strict=True))
     return found

@@ -141,6 +141,7 @@ def _kl_by_position(run: RunRecord, axes: Axes) -> bool:
         axes.bar(places, list(buckets.values()), width=width * 0.94, color=colour, label=f"step {step}")
         axes.set_xticks(range(len(buckets)), list(buckets))
     axes.grid(axis="x", visible=False)
+    axes.margins(y=0.25)  # the legend's room, above the bars
     _legend(axes)
     return bool(shown)
 
