@@ -18,7 +18,7 @@ from engine_models import Reference, random_prompts, random_spans
 from processes import family, gone
 from run_tools import ENVIRONMENT, wait_until
 
-from bridge.client import RemoteEngine, start_engine
+from bridge.client import RemoteEngine, start_engine, tunables
 from bridge.engine import Prefill, Sampling
 from bridge.errors import EngineError
 from bridge.hidden_pool import HiddenPool
@@ -264,10 +264,11 @@ def test_health_answers_while_the_engine_is_busy(engine):
 
 
 def test_the_engine_holds_to_its_threads(engine):
-    """OMP's pool is as wide as asked, in the process that runs the model"""
+    """OMP's pool is as wide as asked, in the process that runs the model, and memcpy writes past the caches there"""
     for pid in family(engine.pid):
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         assert b"OMP_NUM_THREADS=1" in environment
+        assert f"GLIBC_TUNABLES={tunables()}".encode() in environment and "non_temporal" in tunables()
 
 
 def test_an_idle_engine_leaves_the_cores_alone(engine):

@@ -50,6 +50,24 @@ def on_one_device(view: DLPackView) -> jax.Array:
     return jax.dlpack.from_dlpack(view, copy=False)
 
 
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "transposed", "strided"])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_rows_are_written_as_they_are_whatever_their_layout(kept, given):
+    hidden = torch.randn(7, 64)
+    if given == "bfloat16":
+        hidden = hidden.bfloat16()
+    elif given == "transposed":
+        hidden = hidden.T.contiguous().T
+    elif given == "strided":
+        hidden = torch.randn(14, 64)[::2]
+    with HiddenPool.create(rows=32, width=64, dtype=kept) as pool, pool.lease([7], timeout=1) as lease:
+        writer = PoolRows(pool.spec)
+        writer.write(lease.starts[0], hidden)
+        writer.finish()
+        found = torch.from_numpy(np.array(on_one_device(lease.view(0)).astype(jnp.float32)))
+        assert torch.equal(found, hidden.to(getattr(torch, kept)).float())
+
+
 def test_jax_reads_the_segment_itself(pool):
     with pool.lease([5, 9], timeout=1) as lease:
         rows = segment(pool)
