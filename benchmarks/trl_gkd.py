@@ -1,17 +1,19 @@
 """End-to-end off-policy distillation against TRL's GKDTrainer (lmbda 0): the same models, documents and precision.
 
-    python -m benchmarks.trl_gkd            # about ten minutes on two cores, TRL's set-up (once) not counted
+    python -m benchmarks.trl_gkd            # about twenty minutes on two cores, TRL's set-up (once) not counted
 
-Two comparisons. *Agreement*: unpacked, in file order, both take the same documents a step; the losses must be the same
-numbers. *Speed*: each in the form its users run, kdjax packed with SGLang as the teacher, TRL padded, as GKDTrainer has
-no packing. TRL gets as many documents a step as hold about the tokens of a packed step of kdjax, and counted are tokens
-of documents, not padding. Runs take turns. The share of the floor is what of a run's time the matrix products that
-nobody can avoid would take alone, at the speed that one has on all cores. TRL lives in an environment of its own, under
-``runs/benchmark``.
+With the quickstart's models, and with some as small at random weights that have Qwen3's vocabulary: of real ones the
+heads are a large part of the work. Two comparisons of each. *Agreement*: unpacked, in file order, both take the same
+documents a step; the losses must be the same numbers. *Speed*: each in the form its users run, kdjax packed, with
+SGLang as the teacher, TRL padded, as GKDTrainer has no packing. TRL gets as many documents a step as hold about the
+tokens of a packed step of kdjax, and counted are tokens of documents, not padding. Runs take turns. The share of the
+floor is what of a run's time the matrix products that nobody can avoid would take alone, at the speed that one has on
+all cores. TRL lives in an environment of its own, under ``runs/benchmark``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -34,10 +36,32 @@ CONFIG = ROOT / "configs" / "quickstart.yaml"
 RESULT = ROOT / "benchmarks" / "results" / "trl_gkd.json"
 FOLDER = ROOT / "runs" / "benchmark" / "trl"
 PACKAGES = ["trl==1.16.0", "transformers>=5.12,<6", "accelerate", "datasets", "jinja2"]
-BATCH, AGREEMENT_STEPS = 8, 10
 PRODUCT = 1536  # rows and columns of the matrices that say how fast a product is
-STEPS, WARM, REPETITIONS = 40, 10, 3
+REPETITIONS = 3
 COMMON = {"learning_rate": 1e-3, "betas": [0.9, 0.95]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """rows: of kdjax's packed step. batch: documents a step of the agreement. warm: steps of ``steps`` not counted."""
+
+    rows: int
+    steps: int
+    warm: int
+    batch: int
+    agreement_steps: int
+    vocabulary: int | None = None
+    """random models with so many ids; None: the quickstart's"""
+
+    @property
+    def models(self) -> Path:
+        return FOLDER / ("quickstart" if self.vocabulary is None else f"vocabulary-{self.vocabulary}")
+
+
+CASES = {
+    "quickstart": Case(rows=4, steps=40, warm=10, batch=8, agreement_steps=10),
+    "large vocabulary": Case(rows=2, steps=12, warm=4, batch=4, agreement_steps=4, vocabulary=151_936),
+}
 
 
 def environment() -> Path:
@@ -52,17 +76,18 @@ def environment() -> Path:
     return python
 
 
-def overrides(out: Path, steps: int, **more: Any) -> list[str]:
+def overrides(case: Case, out: Path, steps: int, **more: Any) -> list[str]:
     values = {
         "output": out,
         "overwrite": "true",
         "student.init": "pretrained",
-        "student.path": FOLDER / "student",
+        "student.path": case.models / "student",
         "student.config": "{}",
+        "teacher.path": case.models / "teacher",
         "teacher.dtype": "float32",
         "distill.kd_ratio": 1.0,
         "train.steps": steps,
-        "train.batch_size": 4,
+        "train.batch_size": case.rows,
         "train.learning_rate": COMMON["learning_rate"],
         "train.betas": COMMON["betas"],
         "train.schedule": "constant",
@@ -78,20 +103,22 @@ def overrides(out: Path, steps: int, **more: Any) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def kdjax(name: str, steps: int, **more: Any) -> list[dict[str, Any]]:
-    out = FOLDER / name
+def kdjax(case: Case, name: str, steps: int, **more: Any) -> list[dict[str, Any]]:
+    out = case.models / name
     command = [sys.executable, "-m", "kdjax.train", "--config", "configs/quickstart.yaml"]
-    subprocess.run([*command, *overrides(out, steps, **more)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *overrides(case, out, steps, **more)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if "loss" in r]
 
 
-def trl(python: Path, steps: int, batch: int) -> dict[str, Any]:
-    job = {"student": str(FOLDER / "student"), "teacher": str(FOLDER / "teacher"), "batch": batch, "steps": steps}
-    (FOLDER / "job.json").write_text(json.dumps(job | COMMON | {"threads": os.cpu_count()}))
+def trl(case: Case, python: Path, steps: int, batch: int) -> dict[str, Any]:
+    job = {"batch": batch, "steps": steps} | {name: str(case.models / name) for name in ("student", "teacher")}
+    (case.models / "job.json").write_text(json.dumps(job | COMMON | {"threads": os.cpu_count()}))
     side = Path(__file__).with_name("trl_side.py")
-    subprocess.run([str(python), str(side), str(FOLDER)], check=True, stdout=subprocess.DEVNULL, cwd=FOLDER)
-    return json.loads((FOLDER / "result.json").read_text())
+    environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [str(python), str(side), str(case.models)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=case.models, env=environment)
+    return json.loads((case.models / "result.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -120,25 +147,29 @@ def product_flops(seconds: float = SECONDS) -> float:
     return 2 * PRODUCT**3 / timed["product"]["seconds"]
 
 
-def prepare() -> tuple[list[dict[str, Any]], dict[str, Size]]:
+def prepare(case: Case) -> tuple[list[dict[str, Any]], dict[str, Size]]:
     """The student's initial weights as a folder, the teacher in float32, and the documents in the order of the data."""
     from kdjax.data import DataStream, load_tokenizer
     from kdjax.models import export_hf, load_model
 
     config = load_config(CONFIG)
     teacher = ROOT / "examples" / "teacher"
-    student = load_model(teacher, init="random", config=dict(config.student.config), seed=0)
-    export_hf(student, FOLDER / "student", source=teacher, tokenizer=teacher)
-    given = load_model(teacher)
-    export_hf(given, FOLDER / "teacher", source=teacher, tokenizer=teacher, dtype="float32")
+    wide = {} if case.vocabulary is None else {"vocab_size": case.vocabulary}
+    student = load_model(teacher, init="random", config=dict(config.student.config) | wide, seed=0)
+    export_hf(student, case.models / "student", source=teacher, tokenizer=teacher)
+    # Random weights as large as these make a teacher that is sure of some ids.
+    given = (
+        load_model(teacher, init="random", config=wide | {"initializer_range": 0.1}) if wide else load_model(teacher)
+    )
+    export_hf(given, case.models / "teacher", source=teacher, tokenizer=teacher, dtype="float32")
     data = DataStream(
-        config.data, load_tokenizer(teacher), batch=BATCH, sources=config.data.train, in_order=True, epochs=1
+        config.data, load_tokenizer(teacher), batch=case.rows, sources=config.data.train, in_order=True, epochs=1
     )
     placed = [p.document for host in data for p in host.documents]
     placed.sort(key=lambda document: int(document.source.rpartition(":")[2]))  # packed in another order than read
-    documents = [{"ids": d.ids.tolist(), "loss": d.loss.tolist()} for d in placed[: 2 * STEPS * BATCH]]
+    documents = [{"ids": d.ids.tolist(), "loss": d.loss.tolist()} for d in placed[: 4 * case.steps * case.rows]]
     data.close()
-    (FOLDER / "documents.json").write_text(json.dumps(documents))
+    (case.models / "documents.json").write_text(json.dumps(documents))
     return documents, {"student": size_of(student), "teacher": size_of(given)}
 
 
@@ -149,13 +180,12 @@ def size_of(model: nnx.Module) -> Size:
     return Size(every - head, config.hidden_size, config.vocab_size)
 
 
-def measure() -> dict[str, Any]:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    python = environment()
-    documents, sizes = prepare()
-    unpacked = {"data.packing": "false", "data.shuffle": "false", "train.batch_size": BATCH, "log.every": 1}
-    ours = [r["kd"] for r in kdjax("agreement", AGREEMENT_STEPS, **unpacked)]
-    theirs = trl(python, AGREEMENT_STEPS, BATCH)["losses"]
+def measure(case: Case, python: Path) -> dict[str, Any]:
+    case.models.mkdir(parents=True, exist_ok=True)
+    documents, sizes = prepare(case)
+    unpacked = {"data.packing": "false", "data.shuffle": "false", "train.batch_size": case.batch, "log.every": 1}
+    ours = [r["kd"] for r in kdjax(case, "agreement", case.agreement_steps, **unpacked)]
+    theirs = trl(case, python, case.agreement_steps, case.batch)["losses"]
     gaps = np.abs(np.subtract(ours, theirs)) / np.abs(theirs)
     print(f"losses: kdjax {ours[0]:.5f} … {ours[-1]:.5f}, TRL {theirs[0]:.5f} … {theirs[-1]:.5f}", flush=True)
     lengths = [len(d["ids"]) for d in documents]
@@ -163,13 +193,15 @@ def measure() -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"kdjax": [], "trl": []}
     shares: dict[str, list[float]] = {"kdjax": [], "trl": []}
     for number in range(REPETITIONS):
-        windows = [r for r in kdjax("speed", STEPS, **{"log.every": WARM}) if "tokens_per_second" in r][1:]
+        windows = [r for r in kdjax(case, "speed", case.steps, **{"log.every": case.warm}) if "tokens_per_second" in r][
+            1:
+        ]
         speeds["kdjax"].append(mean(r["tokens_per_second"] for r in windows))
         tokens = mean(r["tokens_per_second"] * r["seconds/step"] for r in windows)
         batch = round(tokens / mean(lengths))
-        result = trl(python, STEPS, batch)
-        seconds = result["times"][-1] - result["times"][WARM - 1]
-        speeds["trl"].append(sum(lengths[WARM * batch : STEPS * batch]) / seconds)
+        result = trl(case, python, case.steps, batch)
+        seconds = result["times"][-1] - result["times"][case.warm - 1]
+        speeds["trl"].append(sum(lengths[case.warm * batch : case.steps * batch]) / seconds)
         floor = needed / product_flops()
         for name, values in speeds.items():
             shares[name].append(floor * values[-1])
@@ -177,12 +209,12 @@ def measure() -> dict[str, Any]:
     summary = {name: spread(values) for name, values in speeds.items()}
     for each in summary.values():
         each["tokens_per_second"] = each.pop("seconds")
-    config = load_config(CONFIG, overrides(FOLDER, STEPS))
+    config = load_config(CONFIG, overrides(case, FOLDER, case.steps))
     return {
         "trl_version": result["trl"],
         "shapes": {
-            "steps": STEPS,
-            "not_counted": WARM,
+            "steps": case.steps,
+            "not_counted": case.warm,
             "dtype": config.student.dtype,
             "kdjax": {"rows": config.train.batch_size, "length": config.data.max_len, "tokens_a_step": tokens},
             "trl": {"documents": batch, "mean_length": mean(lengths), "longest": max(lengths)},
@@ -200,9 +232,15 @@ def measure() -> dict[str, Any]:
 
 
 def main() -> None:
-    result = record(RESULT, measure())
-    gap = result["losses"]["largest_relative_gap"]
-    print(f"kdjax / TRL: {result['ratio']['ratio']:.2f}; losses differ by {gap:.1e}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    python = environment()
+    found = record(given.out, {name: measure(CASES[name], python) for name in given.cases})
+    for name in given.cases:
+        gap = found[name]["losses"]["largest_relative_gap"]
+        print(f"{name}: kdjax / TRL: {found[name]['ratio']['ratio']:.2f}; losses differ by {gap:.1e}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from kdjax.training.folder import RunFolder
 def test_benchmarks_ask_for_configurations_that_hold(tmp_path):
     for more in ((), quickstart.SFT, overlap.OVERRIDES):
         assert load_config(quickstart.CONFIG, quickstart.overrides(1, 7, *more)).train.steps == 7
-    assert load_config(quickstart.CONFIG, trl_gkd.overrides(tmp_path, 7)).distill.kd_ratio == 1.0
+    for case in trl_gkd.CASES.values():
+        assert load_config(quickstart.CONFIG, trl_gkd.overrides(case, tmp_path, 7)).distill.kd_ratio == 1.0
 
 
 def test_a_second_round_of_overlap_starts_anew(tmp_path):
