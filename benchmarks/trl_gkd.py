@@ -162,6 +162,8 @@ def prepare(case: Case) -> tuple[list[dict[str, Any]], dict[str, Size]]:
         load_model(teacher, init="random", config=wide | {"initializer_range": 0.1}) if wide else load_model(teacher)
     )
     export_hf(given, case.models / "teacher", source=teacher, tokenizer=teacher, dtype="float32")
+    for name in ("student", "teacher") if wide else ():
+        widen(case.models / name / "tokenizer.json", case.vocabulary)
     data = DataStream(
         config.data, load_tokenizer(teacher), batch=case.rows, sources=config.data.train, in_order=True, epochs=1
     )
@@ -171,6 +173,14 @@ def prepare(case: Case) -> tuple[list[dict[str, Any]], dict[str, Size]]:
     data.close()
     (case.models / "documents.json").write_text(json.dumps(documents))
     return documents, {"student": size_of(student), "teacher": size_of(given)}
+
+
+def widen(tokenizer: Path, ids: int) -> None:
+    """Give a tokenizer entries that no text has, up to ``ids``: kdjax leaves out of a loss what the tokenizer lacks."""
+    given = json.loads(tokenizer.read_text())
+    known = [*given["model"]["vocab"].values(), *(token["id"] for token in given["added_tokens"])]
+    given["model"]["vocab"] |= {f"<unused {i}>": i for i in range(max(known) + 1, ids)}
+    tokenizer.write_text(json.dumps(given, ensure_ascii=False))
 
 
 def size_of(model: nnx.Module) -> Size:
