@@ -56,7 +56,7 @@ $(STAMP):
 		echo "setting up $(VENV) for a GPU (several gigabytes)"; $(PIP) -e '.[gpu,test,docs,wandb]'; \
 	else \
 		echo "setting up $(VENV) for a CPU (two to five minutes)"; \
-		$(PIP) -r requirements/cpu-torch.txt && \
+		$(PIP) --retries 1 --timeout 30 -r requirements/cpu-torch.txt && \
 		$(PIP) --no-deps -r requirements/cpu-sglang.txt && \
 		$(PIP) -r requirements/cpu.txt && \
 		$(PIP) --no-deps -e . ; \

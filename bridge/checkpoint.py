@@ -1,7 +1,6 @@
 """What a HF model folder says about its model, read from JSON and safetensors headers: no framework is loaded."""
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ class Facts:
 
 
 def read_facts(folder: Path) -> Facts:
-    """raises ValueError where config.json is missing or says too little"""
+    """raises ValueError where config.json is missing or says too little, or a safetensors file is not whole"""
     config = _json(folder / "config.json")
     if not config:
         raise ValueError(f"{folder} has no config.json: it is not a HF model folder")
@@ -48,8 +47,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """names and shapes of a safetensors file: eight bytes of length, then JSON"""
+    """names and shapes of a safetensors file: eight bytes of length, JSON, then data that end where the JSON says"""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(length))
-    return [(name, tuple(entry["shape"])) for name, entry in entries.items() if name != "__metadata__"]
+        length = int.from_bytes(file.read(8), "little")
+        if size >= 8 + length:
+            try:
+                entries = json.loads(file.read(length))
+                entries.pop("__metadata__", None)
+                if size == 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0):
+                    return [(name, tuple(entry["shape"])) for name, entry in entries.items()]
+            except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or not of tensors
+                pass
+    raise ValueError(f"{path}: damaged or cut-off safetensors file; fetch it again")

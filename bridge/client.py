@@ -377,20 +377,11 @@ def _destroy(process: subprocess.Popen, death: int, folder: str, leftovers: list
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def tunables() -> str:
-    """glibc's settings for a process that writes rows: blocks of 256 KiB and more go past the caches
-
-    By default that begins at a large share of the last cache, and every line of a pool is read before it is written.
-    """
-    return ":".join(filter(None, ["glibc.cpu.x86_non_temporal_threshold=0x40000", os.environ.get("GLIBC_TUNABLES")]))
-
-
 def _environment(spec: EngineSpec, folder: str) -> dict[str, str]:
     """the server's environment: this package importable, private temporary files, threads as asked"""
     root = str(Path(__file__).resolve().parent.parent)
     environment = dict(os.environ, TMPDIR=folder, PYTHONUNBUFFERED="1")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    environment["GLIBC_TUNABLES"] = tunables()
     if spec.threads is not None:
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(spec.threads)))
         environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait by spinning take the trainer's cores

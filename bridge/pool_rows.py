@@ -59,7 +59,7 @@ class PoolRows:
 
 
 def _copy(to: torch.Tensor, hidden: torch.Tensor) -> None:
-    """In host memory by memcpy, which can write past the caches; torch's copy reads each line before it writes it."""
+    """In host memory by memcpy, which chooses its stores by the size; torch's copy reads each line before it writes."""
     if to.is_cpu and hidden.is_cpu and hidden.dtype == to.dtype and hidden.is_contiguous():
         np.copyto(to.view(torch.uint8).numpy(), hidden.view(torch.uint8).numpy())
     else:

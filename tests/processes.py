@@ -23,3 +23,9 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def schedulers(server: int) -> list[int]:
+    """SGLang's schedulers below ``server``: its children but Python's tracker; not every process can have a title"""
+    said = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family(server) if pid != server}
+    return [pid for pid, words in said.items() if b"resource_tracker" not in words]

@@ -104,4 +104,16 @@ def servers(of: int | None = None) -> list[int]:
 def traces(pid: int, temporary: Path) -> set[str]:
     """what process ``pid``, whose temporary files lie in ``temporary``, has left of pools, engines and their files"""
     files = [*Path("/dev/shm").glob(f"kdjax-*-{pid}-*"), *temporary.glob("kdjax-engine-*")]
-    return {str(path) for path in files} | {f"process {server}" for server in servers(pid)}
+    return {str(path) for path in files} | {f"process {one}" for one in {*servers(pid), *with_folder(temporary)}}
+
+
+def with_folder(temporary: Path) -> list[int]:
+    """live processes whose environment names ``temporary``: an engine's, however deep below its server"""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(temporary).encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found

@@ -5,9 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from run_tools import Watcher, contents, go, without_teacher, write_config
+from safetensors.numpy import save_file
 
 from kdjax.config import from_dict, to_yaml
 from kdjax.errors import UserError
@@ -208,6 +210,16 @@ def test_truncated_safetensors(values, copied, capfd, whose):
     student = {"path": str(copied), "init": "pretrained"}
     broken = values | {"student": student} if whose == "student" else changed(values, teacher={"path": str(copied)})
     refused(broken, capfd, "model.safetensors: damaged or cut-off safetensors file", "fetch it again")
+
+
+@pytest.mark.parametrize("left", [-100, 30, 4, 0], ids=["data", "header", "length", "nothing"])
+def test_a_truncated_file_that_the_teachers_head_is_not_in(values, copied, capfd, left):
+    """a whole model's other files too: SGLang would only say that it did not start"""
+    file = copied / "model-00002-of-00002.safetensors"
+    save_file({"a": np.zeros((8, 8), np.float32)}, file)
+    file.write_bytes(file.read_bytes()[:left])
+    broken = changed(values, teacher={"path": str(copied)})
+    refused(broken, capfd, f"{file.name}: damaged or cut-off safetensors file", "fetch it again")
 
 
 def test_unsupported_architecture(sft, copied, capfd):

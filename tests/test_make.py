@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CPU = [
-    "pip -r requirements/cpu-torch.txt",
+    "pip --retries 1 --timeout 30 -r requirements/cpu-torch.txt",
     "pip --no-deps -r requirements/cpu-sglang.txt",
     "pip -r requirements/cpu.txt",
     "pip --no-deps -e .",

@@ -4,12 +4,11 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import processes
 import pytest
-from processes import family
 from run_tools import Watcher, go, losses, servers, traces, wait_until, write_config
 
 from bridge import client
@@ -67,7 +66,7 @@ def stop_then(signal_number, find):
 def schedulers():
     """SGLang's scheduler processes below our server"""
     (server,) = servers()
-    return [pid for pid in family(server) if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return processes.schedulers(server)
 
 
 def test_an_engine_killed_or_hung_in_a_batch_is_started_again_and_the_batch_sent_again(values, tmp_path, undisturbed):

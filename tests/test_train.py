@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from processes import family, gone
-from run_tools import Watcher, servers, wait_until
+from run_tools import Watcher, servers, start, wait_until, write_config
 from safetensors.numpy import load_file
 
 from bridge.client import RemoteEngine
@@ -97,6 +97,18 @@ def test_sglang_teacher_from_text_to_export(run_values, tmp_path, capfd, monkeyp
     run_values["checkpoint"]["check_export"], run_values["log"]["samples"] = False, 0
     go(run_values)
     assert losses(run) == pytest.approx(losses(tmp_path / "reference"), rel=1e-4)
+
+
+def test_a_run_shows_its_own_lines_and_nothing_else(run_values, tmp_path):
+    """in a process of its own, where nobody takes libraries' warnings away first; report and check of the export too"""
+    run_values["teacher"]["engine"] = "transformers"
+    run_values["train"] |= {"steps": 2, "eval_every": None}
+    run_values["checkpoint"]["check_export"] = True
+    run_values["log"] |= {"tensorboard": True, "report": True}
+    process = start("--config", write_config(tmp_path, run_values))
+    shown, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and error == ""
+    assert "report: " in shown and not re.search(r"warn|deprecat|^[WEI]\d{4} ", shown, re.I | re.M)
 
 
 def seconds_add_up(records, elapsed):

@@ -62,7 +62,7 @@ class Result:
 def train(config: Config, display: Display | None = None) -> Result:
     """Run ``config`` from start, or from the newest checkpoint in its output folder, to an exported student.
 
-    Raises UserError for anything that the configuration or the data can mend.
+    Raises UserError for what the configuration or the data can mend, EngineError where an engine fails for good.
     """
     return _Run(config, display or Display()).run()
 

@@ -380,5 +380,7 @@ def stream(config: Config, mesh: Mesh | None = None, *, log: Path | None = None)
     Args:
         mesh: where batches live; by default built from ``config.mesh``.
         log: file that receives the engine's own output.
+
+    Raises UserError for what configuration, data or model folders can mend, EngineError where the teacher fails.
     """
     return Stream(config, mesh, log=log)

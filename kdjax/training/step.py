@@ -160,7 +160,10 @@ def make_step(
     mesh: Mesh | None = None,
     offload: Collection[str] = (),
 ) -> Step:
-    """Compile-once training step; see ``Step``. ``mesh`` defaults to the one that the model's parameters live on."""
+    """Compile-once training step; see ``Step``. ``mesh`` defaults to the one that the model's parameters live on.
+
+    Raises UserError for an algorithm that keeps random numbers (nnx.Rngs).
+    """
     return Step(model, algorithm, optimizer, mesh, offload)
 
 
