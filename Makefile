@@ -53,10 +53,10 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"kdjax needs Python 3.11 to 3.13, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-		echo "setting up $(VENV) for a GPU (several gigabytes)"; $(PIP) -e '.[gpu,test,docs,wandb]'; \
+		echo "setting up $(VENV) for a GPU (several gigabytes)"; $(PIP) -c requirements/gpu-constraints.txt -e '.[gpu,test,docs,wandb]'; \
 	else \
 		echo "setting up $(VENV) for a CPU (two to five minutes)"; \
-		$(PIP) --retries 1 --timeout 30 -r requirements/cpu-torch.txt && \
+		$(PIP) --retries 1 --timeout 30 --no-deps -r requirements/cpu-torch.txt && \
 		$(PIP) --no-deps -r requirements/cpu-sglang.txt && \
 		$(PIP) -r requirements/cpu.txt && \
 		$(PIP) --no-deps -e . ; \

@@ -158,9 +158,8 @@ def prepare(case: Case) -> tuple[list[dict[str, Any]], dict[str, Size]]:
     student = load_model(teacher, init="random", config=dict(config.student.config) | wide, seed=0)
     export_hf(student, case.models / "student", source=teacher, tokenizer=teacher)
     # Random weights as large as these make a teacher that is sure of some ids.
-    given = (
-        load_model(teacher, init="random", config=wide | {"initializer_range": 0.1}) if wide else load_model(teacher)
-    )
+    sure = {"init": "random", "config": wide | {"initializer_range": 0.1}}
+    given = load_model(teacher, **(sure if wide else {}))
     export_hf(given, case.models / "teacher", source=teacher, tokenizer=teacher, dtype="float32")
     for name in ("student", "teacher") if wide else ():
         widen(case.models / name / "tokenizer.json", case.vocabulary)
@@ -203,9 +202,8 @@ def measure(case: Case, python: Path) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {"kdjax": [], "trl": []}
     shares: dict[str, list[float]] = {"kdjax": [], "trl": []}
     for number in range(REPETITIONS):
-        windows = [r for r in kdjax(case, "speed", case.steps, **{"log.every": case.warm}) if "tokens_per_second" in r][
-            1:
-        ]
+        timed = kdjax(case, "speed", case.steps, **{"log.every": case.warm})
+        windows = [r for r in timed if "tokens_per_second" in r][1:]
         speeds["kdjax"].append(mean(r["tokens_per_second"] for r in windows))
         tokens = mean(r["tokens_per_second"] * r["seconds/step"] for r in windows)
         batch = round(tokens / mean(lengths))

@@ -1,9 +1,11 @@
-"""What a HF model folder says about its model, read from JSON and safetensors headers: no framework is loaded."""
+"""What a HF model folder says about its model, read from JSON and safetensors' headers: no framework is loaded."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def read_facts(folder: Path) -> Facts:
         dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32",
         tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         eos_ids=frozenset(eos_ids),
-        tensors={name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _header(file)},
+        tensors={name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()},
     )
 
 
@@ -46,17 +48,10 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """names and shapes of a safetensors file: eight bytes of length, JSON, then data that end where the JSON says"""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size >= 8 + length:
-            try:
-                entries = json.loads(file.read(length))
-                entries.pop("__metadata__", None)
-                if size == 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0):
-                    return [(name, tuple(entry["shape"])) for name, entry in entries.items()]
-            except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or not of tensors
-                pass
-    raise ValueError(f"{path}: damaged or cut-off safetensors file; fetch it again")
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """of every tensor in a safetensors file, by name"""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut-off safetensors file ({error}); fetch it again") from None

@@ -45,7 +45,7 @@ def whole(path: Path, *, durable: bool = False) -> Iterator[TextIO]:
                 file.flush()
                 os.fsync(file.fileno())
         work.replace(path)
-    except BaseException:
+    except BaseException:  # an interrupt too: half a file is not left behind
         with suppress(OSError):  # what went wrong is told, not this
             work.unlink()
         raise

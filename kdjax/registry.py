@@ -63,7 +63,7 @@ class Registry:
             sys.modules[module_name] = module
             try:
                 spec.loader.exec_module(module)
-            except BaseException:
+            except BaseException:  # whatever the user's file raised: half a module is not kept
                 del sys.modules[module_name]
                 raise
         if not hasattr(module, attribute):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CPU = [
-    "pip --retries 1 --timeout 30 -r requirements/cpu-torch.txt",
+    "pip --retries 1 --timeout 30 --no-deps -r requirements/cpu-torch.txt",
     "pip --no-deps -r requirements/cpu-sglang.txt",
     "pip -r requirements/cpu.txt",
     "pip --no-deps -e .",
@@ -55,7 +55,7 @@ def test_the_quickstart_sets_up_first_and_once(make, tmp_path):
 
 
 def test_a_machine_with_a_gpu_gets_its_packages(make):
-    assert make("setup", gpu=True) == ["pip -e .[gpu,test,docs,wandb]"]
+    assert make("setup", gpu=True) == ["pip -c requirements/gpu-constraints.txt -e .[gpu,test,docs,wandb]"]
 
 
 def test_a_benchmark_on_a_gpu_has_ligers_loss_beside_ours(make):

@@ -47,7 +47,7 @@ def test_the_pack_for_a_machine_without_a_network_is_whole(root):
     script = (root / "benchmarks" / "gpu" / "pack.sh").read_text()
     lines = re.search(r"packages=\((.*?)\)", script, re.S)[1].splitlines()
     named = {canonicalize_name(name) for line in lines if "#" not in line for name in line.split()}
-    pins = (root / "docker" / "constraints.txt").read_text().splitlines()
+    pins = (root / "requirements" / "gpu-constraints.txt").read_text().splitlines()
     assert named <= {canonicalize_name(pin.partition("==")[0]) for pin in pins}
     there = {"jax", "jaxlib", "numpy", "torch", "transformers", "ml-dtypes", "packaging"}
     for name in sorted(named):

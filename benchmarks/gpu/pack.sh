@@ -4,7 +4,7 @@
 #   benchmarks/gpu/pack.sh FOLDER [VERSION]         where there is one; VERSION is that machine's Python (3.12)
 #   PYTHONPATH=FOLDER:. python -m benchmarks.gpu    there, in a copy of the repository
 #
-# Versions are those of docker/constraints.txt; wheels are for Linux on x86_64.
+# Versions are those of requirements/gpu-constraints.txt; wheels are for Linux on x86_64.
 set -euo pipefail
 out=${1:?usage: benchmarks/gpu/pack.sh FOLDER [VERSION]}
 version=${2:-3.12}
@@ -21,5 +21,5 @@ platforms=()
 for tag in 2_39 2_34 2_31 2_28 2_27 2_26 2_24 2_17; do platforms+=(--platform "manylinux_${tag}_x86_64"); done
 python3 -m pip install --quiet --disable-pip-version-check --target "$out" --upgrade --no-deps \
   --only-binary=:all: --implementation cp --python-version "$version" "${platforms[@]}" --platform manylinux2014_x86_64 \
-  --constraint "$root/docker/constraints.txt" "${packages[@]}"
+  --constraint "$root/requirements/gpu-constraints.txt" "${packages[@]}"
 du -sh "$out"

@@ -33,7 +33,7 @@ class Journal:
         try:
             self._lock()
             self._open(replace, fresh)
-        except BaseException:
+        except BaseException:  # an interrupt too: nobody else could unlock the file
             self.close()
             raise
 

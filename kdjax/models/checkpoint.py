@@ -93,15 +93,7 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
         entries: dict[str, Entry] = {}
         handles: dict[str, Any] = {}
         for file in _files(folder, where):
-            try:
-                handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
-            except FileNotFoundError:
-                raise UserError(f"{folder / file}: no such file, though {INDEX} names it") from None
-            except SafetensorError as error:
-                raise UserError(
-                    f"{folder / file}: damaged or cut-off safetensors file ({error}); fetch it again"
-                ) from None
-            handles[file] = handle
+            handles[file] = handle = stack.enter_context(open_tensors(folder / file))
             for name in handle.keys():
                 if name in entries:
                     raise UserError(f"{folder}: tensor {name} is stored twice, in {entries[name].file} and {file}")
@@ -117,6 +109,16 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
                 said, found = where.get(name, "no file"), held.get(name, "no file")
                 raise UserError(f"{folder / INDEX}: puts {name} in {said}, but it is in {found}")
         yield Checkpoint(folder, entries, handles)
+
+
+def open_tensors(file: Path) -> Any:
+    """What safetensors reads of ``file``, to be used in a ``with``. Raises UserError if it is missing or damaged."""
+    try:
+        return safe_open(file, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file, though {INDEX} names it") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged or cut-off safetensors file ({error}); fetch it again") from None
 
 
 def _files(folder: Path, weight_map: dict[str, str] | None) -> list[str]:

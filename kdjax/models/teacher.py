@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
 from kdjax.errors import UserError
 from kdjax.folders import resolve
 from kdjax.losses import Head
-from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE
+from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, open_tensors
 from kdjax.models.config import read_json
 from kdjax.sharding import Rules
 
@@ -84,7 +82,7 @@ def _files(folder: Path) -> dict[str, str]:
         return read_json(folder / INDEX)["weight_map"]
     if not (folder / SINGLE).exists():
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}; the teacher's head is read from safetensors")
-    with _open(folder / SINGLE) as handle:
+    with open_tensors(folder / SINGLE) as handle:
         return dict.fromkeys(handle.keys(), SINGLE)
 
 
@@ -107,7 +105,7 @@ def _scale(text: Mapping[str, Any]) -> float:
 def _read(
     file: Path, name: str, wanted: tuple[int, ...], mesh: Mesh | None, rules: Rules, dtype: str | None
 ) -> jax.Array:
-    with _open(file) as handle:
+    with open_tensors(file) as handle:
         view = handle.get_slice(name)
         shape, kind = tuple(view.get_shape()), view.get_dtype()
         if kind not in FILE_DTYPES:
@@ -126,12 +124,3 @@ def _read(
             return jnp.array(piece(tuple(slice(None) for _ in shape)))
         where = rules.sharding(mesh, ("vocab", "embed")[: len(shape)], shape)
         return jax.make_array_from_callback(shape, where, piece).block_until_ready()
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file, though {INDEX} names it") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: damaged or cut-off safetensors file ({error}); fetch it again") from None

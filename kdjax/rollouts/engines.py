@@ -82,7 +82,7 @@ class StudentEngines:
                         wait=False,
                     )
                 )
-        except BaseException:
+        except BaseException:  # an interrupt too: nobody else knows of the engines begun
             self.close()
             raise
         restarts = rollout.restarts, tell, lambda engine: self.turns.restarted(engine)

@@ -60,6 +60,6 @@ class Ahead(Generic[Result]):
                 return
             try:
                 self._results.put((self._produce(), None))
-            except BaseException as error:
+            except BaseException as error:  # raised again in the thread that takes
                 self._results.put((None, error))
                 return

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -61,23 +61,22 @@ class RunFolder:
         self._known: str | None = None  # what config.yaml said
         self._kept, self._new_lock = False, not (self.path / LOCK).exists()
         self._file: Any = None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            self._recover()
-            self._check(config)
-            self._before = {entry.name for entry in self.path.iterdir()}
-            if KNOWN in self._before and config.overwrite:
-                self._set_aside()
-            elif KNOWN in self._before:
-                self._known = (self.path / KNOWN).read_text(encoding="utf-8")
-            write_whole(self.path / KNOWN, to_yaml(config))
-        except OSError as error:
-            self.close()
-            raise UserError(f"output={self.path}: cannot be written ({error.strerror}); choose another") from None
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock()
+                self._recover()
+                self._check(config)
+                self._before = {entry.name for entry in self.path.iterdir()}
+                if KNOWN in self._before and config.overwrite:
+                    self._set_aside()
+                elif KNOWN in self._before:
+                    self._known = (self.path / KNOWN).read_text(encoding="utf-8")
+                write_whole(self.path / KNOWN, to_yaml(config))
+            except OSError as error:
+                raise UserError(f"output={self.path}: cannot be written ({error.strerror}); choose another") from None
+            opened.pop_all()  # all is well: the run closes it
 
     def keep(self) -> None:
         """From here on the folder is this run's, whatever becomes of it."""

@@ -97,7 +97,7 @@ class Stream:
         self._shape = dict(batch=rows, shards=self.shards, vocab_size=self._student_ids)
         try:
             self._open(log or Path(config.output) / "engine.log")
-        except BaseException:
+        except BaseException:  # an interrupt too: nobody else could close what is open by now
             self.close()
             raise
 

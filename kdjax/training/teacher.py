@@ -104,7 +104,7 @@ class TeacherEngine:
             ]
             if prompts:  # there are none where every response of a step is dropped
                 self.revived.ask(lambda engine: self._prefill(engine, prompts))
-        except BaseException:
+        except BaseException:  # an interrupt too: nobody else knows of the lease
             lease.release()
             raise
         return lease, time.perf_counter() - start
