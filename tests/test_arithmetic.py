@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import random
 
 import jax
 import pytest
@@ -29,8 +30,13 @@ def rows(name):
     return [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
 
 
+def holds(line):
+    left, result = line.split("=")
+    return sum(map(int, left.split("+"))) == int(result)
+
+
 def test_the_script_makes_what_is_shipped(make):
-    made = make.problems(0)
+    made = map(make.row, make.problems(0))
     assert list(itertools.islice(made, 1000)) == rows("eval.jsonl")
     assert list(itertools.islice(made, 2000)) == rows("train.jsonl")
     prompts = [row["prompt"] for row in itertools.chain(rows("eval.jsonl"), rows("train.jsonl"))]
@@ -44,9 +50,20 @@ def test_every_line_of_every_response_is_true():
         total = sum(map(int, row["prompt"].split("+")))
         assert last == f"#### {total}" and len(steps) == row["prompt"].count("+")
         for step, following in itertools.pairwise([*steps, f"{total}+"]):
-            left, result = step.split("=")
-            assert sum(map(int, left.split("+"))) == int(result) == int(following.split("+")[0])
+            assert holds(step) and step.split("=")[1] == following.split("+")[0]
         assert find_reward("gsm8k")(row["prompt"], row["response"], {"answer": row["response"]}) == 1.0
+
+
+def test_a_slip_is_mended_on_the_next_line(make):
+    """the teacher's rows without their wrong lines are the students' rows"""
+    slips, wrong, lines = random.Random(1), 0, 0
+    for numbers in itertools.islice(make.problems(1), 500):
+        clean, slipped = (make.row(numbers, draw)["response"].splitlines() for draw in (None, slips))
+        assert [line for line in slipped if line.startswith("####") or holds(line)] == clean
+        for line, following in itertools.pairwise(slipped):
+            assert line in clean or line.partition("=")[0] == following.partition("=")[0]
+        wrong, lines = wrong + len(slipped) - len(clean), lines + len(slipped) - 1
+    assert wrong / lines == pytest.approx(make.SLIPS, rel=0.2)
 
 
 def test_a_character_is_a_token():

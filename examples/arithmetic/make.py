@@ -9,7 +9,9 @@
               51+30=81
               #### 81
 
-No prompt stands in two files. The seed decides everything, so the teacher's rows need not be shipped.
+The teacher's own rows show how a slip is mended: now and then a line has a wrong result, and the next one does the same
+addition again. Students are given rows without a slip. No prompt stands in two files. The seed decides everything, so
+the teacher's rows need not be shipped.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -25,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 TEACHER_ROWS = HERE.parent.parent / "runs" / "arithmetic" / "teacher.jsonl"
+SLIPS = 0.05  # share of the teacher's lines that go wrong
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 SPECIALS = [PAD, UNKNOWN, END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -45,24 +49,37 @@ CHAT_TEMPLATE = """\
 """
 
 
-def solve(numbers: list[int]) -> str:
-    """every partial sum on a line of its own, then the answer behind ####"""
+def solve(numbers: list[int], slips: random.Random | None = None) -> str:
+    """every partial sum on a line of its own, then the answer behind ####; ``slips`` draws where a line goes wrong"""
     lines, total = [], numbers[0]
     for number in numbers[1:]:
+        while slips and slips.random() < SLIPS:
+            lines.append(f"{total}+{number}={wrong(total + number, slips)}")
         lines.append(f"{total}+{number}={total + number}")
         total += number
     return "\n".join([*lines, f"#### {total}"])
 
 
-def problems(seed: int) -> Iterator[dict[str, str]]:
-    """distinct rows without end"""
+def wrong(result: int, draw: random.Random) -> str:
+    """the number with one of its digits replaced by another"""
+    digits = list(str(result))
+    place = draw.randrange(len(digits))
+    digits[place] = draw.choice([digit for digit in "0123456789" if digit != digits[place]])
+    return "".join(digits)
+
+
+def row(numbers: list[int], slips: random.Random | None = None) -> dict[str, str]:
+    return {"prompt": "+".join(map(str, numbers)), "response": solve(numbers, slips)}
+
+
+def problems(seed: int) -> Iterator[list[int]]:
+    """distinct lists of numbers without end"""
     draw, seen = random.Random(seed), set()
     while True:
         numbers = [draw.randint(1, 30) for _ in range(draw.randint(4, 7))]
-        prompt = "+".join(map(str, numbers))
-        if prompt not in seen:
-            seen.add(prompt)
-            yield {"prompt": prompt, "response": solve(numbers)}
+        if tuple(numbers) not in seen:
+            seen.add(tuple(numbers))
+            yield numbers
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -96,11 +113,11 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, default=0, help="rows that the teacher learns from, written to runs/")
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
-    rows = problems(arguments.seed)
-    write_rows(arguments.out / "eval.jsonl", (next(rows) for _ in range(arguments.eval)))
-    write_rows(arguments.out / "train.jsonl", (next(rows) for _ in range(arguments.train)))
+    numbers, slips = problems(arguments.seed), random.Random(arguments.seed)
+    write_rows(arguments.out / "eval.jsonl", map(row, islice(numbers, arguments.eval)))
+    write_rows(arguments.out / "train.jsonl", map(row, islice(numbers, arguments.train)))
     if arguments.teacher:
-        write_rows(TEACHER_ROWS, (next(rows) for _ in range(arguments.teacher)))
+        write_rows(TEACHER_ROWS, (row(each, slips) for each in islice(numbers, arguments.teacher)))
     tokenizer().save_pretrained(arguments.out / "tokenizer")
     # transformers 5 writes a class name that transformers 4 does not know; both know this one
     path = arguments.out / "tokenizer" / "tokenizer_config.json"
