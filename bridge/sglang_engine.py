@@ -5,13 +5,15 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bridge.checkpoint import read_facts
 from bridge.cuda import gpus, memory
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.errors import EngineError
@@ -70,6 +72,7 @@ class SGLangEngine:
         # imported, unless that is set aside (half a second against two milliseconds).
         self._engine.loop.run_until_complete(self._engine.tokenizer_manager.freeze_gc())
         self._spec, self._replicas = spec, replicas(spec)
+        self._eos_ids = read_facts(Path(spec.model)).eos_ids
         self._calls = 0
         self._updating = False
 
@@ -125,7 +128,8 @@ class SGLangEngine:
             [common | {"sampling_seed": seed} for seed in sampling.seeds_for(len(prompts))],
             return_logprob=True,
         )
-        return [_completion(answer, version) for answer in answers]
+        ends = self._eos_ids | {*sampling.stop_ids}
+        return [_completion(answer, version, ends) for answer in answers]
 
     def begin_weights(self) -> None:
         # SGLang 0.5.17 has no sessions around weight updates, 0.5.23 refuses updates without one.
@@ -233,12 +237,13 @@ def _hooks(pool: PoolSpec | None) -> list[dict[str, Any]]:
     return [{"name": "rows", "target_modules": ["model"], "hook_factory": factory, "config": config}]
 
 
-def _completion(answer: dict[str, Any], version: int) -> Completion:
-    meta = answer["meta_info"]
+def _completion(answer: dict[str, Any], version: int, ends: Collection[int]) -> Completion:
+    meta, ids = answer["meta_info"], answer["output_ids"]
     return Completion(
-        ids=np.array(answer["output_ids"], np.int32),
+        ids=np.array(ids, np.int32),
         logprobs=np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float32),
-        finish_reason=meta["finish_reason"]["type"],
+        # 0.5.17 says "length" of an end that is the last token allowed, 0.5.23 does not.
+        finish_reason="stop" if ids[-1] in ends else meta["finish_reason"]["type"],
         version=version,
     )
 

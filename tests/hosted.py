@@ -10,5 +10,5 @@ def hosted(fake: Any, spec: EngineSpec = EngineSpec("sglang", "model", "float32"
     """what drives SGLang, over ``fake``, which answers as ``sglang.Engine`` would"""
     made = object.__new__(SGLangEngine)
     made._engine, made._calls, made._updating = fake, 0, False
-    made._spec, made._replicas = spec, replicas(spec)
+    made._spec, made._replicas, made._eos_ids = spec, replicas(spec), frozenset()
     return made

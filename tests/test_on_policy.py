@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -94,8 +95,15 @@ def test_an_engine_that_keeps_old_weights_stops_the_run(on_policy_values, monkey
 
     monkeypatch.setattr(StudentEngines, "_send", once)
     on_policy_values["train"] |= {"learning_rate": 3e-2, "steps": 12}
-    with pytest.raises(UserError, match=r"step \d+: trainer and rollout engine disagree .* not the student's"):
+    on_policy_values["checkpoint"] |= {"save_every": 1}
+    with pytest.raises(UserError, match=r"step \d+: trainer and rollout engine disagree .* not the student's") as told:
         go(on_policy_values)
+    step = int(re.search(r"step (\d+)", str(told.value))[1])
+    folder = Path(on_policy_values["output"]) / "rollouts"
+    assert sorted(path.name for path in folder.iterdir())[0] == f"refused_step_{step:06d}.jsonl"
+    assert f"step {step - 1}" in str(told.value) and not (folder / f"step_{step:06d}.jsonl").exists()
+    monkeypatch.setattr(StudentEngines, "_send", send)
+    assert go(on_policy_values).steps == 12
 
 
 @pytest.mark.parametrize("call", ["generate", "weights_bucket"])

@@ -298,8 +298,11 @@ def test_long_prompts_are_skipped_and_counted_or_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "say " * count}) for count in (60, 2, 70, 3)))
     made = source(tmp_path, data={"shuffle": False, "max_len": 40}, rollout={"max_new_tokens": 16})
-    assert {name.rpartition(":")[2] for name, _ in responses(next(made))} <= {"2", "4"}
-    assert made.statistics.dropped >= 1
+    host = next(made)
+    assert {name.rpartition(":")[2] for name, _ in responses(host)} <= {"2", "4"}
+    assert host.report["rollout/prompts_too_long"] == made.statistics.dropped >= 1
+    assert [note for note in host.notes if "the first prompts too long, left out" in note]
+    assert not [note for note in next(made).notes if "left out" in note]
     with pytest.raises(UserError, match=r"rows.jsonl:1: a prompt of \d+ tokens leaves no room"):
         next(source(tmp_path, data={"shuffle": False, "max_len": 40}, rollout={"on_long_prompt": "stop"}))
     with pytest.raises(UserError, match="none of the 4 rows is a prompt to train on: .* 4 too long"):
@@ -313,7 +316,20 @@ def test_few_good_rows_among_bad_ones_fill_a_step(tmp_path):
     made = source(tmp_path, data={"shuffle": False}, rollout={"prompts": 4})
     host = next(made)
     assert {p.document.source for p in host.documents} == {f"{path}:2"} and len(host.documents) == 4
-    assert made.statistics.skipped >= 9
+    assert host.report["rollout/prompts_malformed"] == made.statistics.skipped >= 9
+
+
+def test_a_row_whose_answer_is_too_long_is_not_the_students_to_answer(tmp_path):
+    """so that it answers no larger share than it should"""
+    rows = [{"prompt": f"say {i}", "response": "word " * (60 if i % 2 else 2)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = source(tmp_path, data={"max_len": 40}, distill={"on_policy_fraction": 0.5}, rollout={"max_new_tokens": 8})
+    asked = {a.number: a for a in sum((made._ask() for _ in range(20)), [])}
+    own = {i: np.random.default_rng([made._seed, i]).random() < 0.5 for i in range(made._next)}
+    long = {i for i in own if len(made._prompts[i].row["response"]) > 100}
+    assert {i for i in own if i not in asked} == {i for i in long if not own[i]} != set()
+    assert {i: a.sampled for i, a in asked.items()} == {i: own[i] for i in asked} and any(own[i] for i in long)
+    assert made.statistics.dropped == len(own) - len(asked)
 
 
 def test_a_disk_that_is_full_is_named(tmp_path):

@@ -96,12 +96,13 @@ def test_a_sampling_in_sglangs_words():
     def generate(input_ids, sampling_params, return_logprob):
         asked.update(ids=input_ids, params=sampling_params)
         meta = {"finish_reason": {"type": "length"}, "output_token_logprobs": [(-0.5, 4, None)]}
-        return [{"output_ids": [4], "meta_info": meta} for _ in input_ids]
+        return [{"output_ids": [last], "meta_info": meta} for last, _ in zip(said, input_ids, strict=False)]
 
-    engine = hosted(SimpleNamespace(generate=generate))
+    engine, said = hosted(SimpleNamespace(generate=generate)), [4, 2]
     prompt = np.array([5, 6], np.int32)
     sampling = Sampling(max_new_tokens=1, stop_ids=(2,), banned_ids=(7, 9), n=2, seeds=(11, 12))
-    (one, _) = engine.generate([prompt], sampling, version=3)
+    (one, ended) = engine.generate([prompt], sampling, version=3)
+    assert ended.finish_reason == "stop"  # 0.5.17 says length where an end is the last token allowed
     assert (one.ids.tolist(), one.logprobs.tolist(), one.finish_reason, one.version) == ([4], [-0.5], "length", 3)
     assert asked["ids"] == [[5, 6], [5, 6]] and [p["sampling_seed"] for p in asked["params"]] == [11, 12]
     for params in asked["params"]:

@@ -58,6 +58,12 @@ def test_a_step_goes_round_and_nobody_is_awake_with_another():
         assert entered(turns, log, "train") == ["teacher sleeps: kv_cache weights"]
 
 
+def test_a_step_that_was_read_back_and_has_no_row_needs_no_engine():
+    turns, log, _ = made()
+    entered(turns, log, "sync")
+    assert entered(turns, log, "train") == ["student sleeps: weights"]
+
+
 def test_a_teacher_that_is_an_earlier_self_gets_its_weights_alone_first():
     turns, log, _ = made()
     turns.enter("sync")

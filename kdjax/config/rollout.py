@@ -48,7 +48,8 @@ class RolloutConfig:
     max_k3: float | None = Field(0.05, gt=0)
     """Stop when trainer and engine disagree about sampled tokens by more (mean k3, in nats); none never stops."""
     reward: str | None = None
-    """Task reward for `policy_gradient`: a registered one, or `path/my.py:function` of prompt, response and row."""
+    """Task reward: a registered one, or `path/my.py:function` of prompt, response and row. `policy_gradient` learns
+    from it, as any algorithm that reads `advantage`; others measure it."""
     reward_weight: float = Field(1.0, ge=0)
     """What the reward is multiplied by."""
     baseline: Literal["none", "group", "batch"] = "group"
@@ -94,6 +95,11 @@ def check_followers(config: Any) -> None:
             raise ValueError("teacher.ema_decay averages updates of the teacher: set teacher.update_every")
         if config.checkpoint.export_teacher:
             raise ValueError("checkpoint.export_teacher is for a teacher that changes: set teacher.update_every")
+    elif teacher.ema_decay and student.param_dtype != "float32":
+        raise ValueError(
+            f"teacher.ema_decay: in {student.param_dtype} the small steps of an average round away; set "
+            "student.param_dtype=float32"
+        )
     elif teacher.dp > 1:
         raise ValueError(
             "teacher.update_every: SGLang takes no new weights where there are several copies; set teacher.dp=1"

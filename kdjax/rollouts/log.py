@@ -73,6 +73,12 @@ class RolloutLog:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: not a file of rollouts ({error}); delete it, and they are drawn again") from None
 
+    def set_aside(self, number: int) -> None:
+        """Rename the files of the steps from ``number`` on: they stay to be looked at, and are not read back."""
+        for path in self._folder.glob("step_*.jsonl"):
+            if path >= self.path(number):
+                path.replace(path.with_name(f"refused_{path.name}"))
+
 
 def shown(logprobs: np.ndarray) -> list[float]:
     """float32 numbers as JSON that reads back to the same bits."""

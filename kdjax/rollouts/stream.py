@@ -83,6 +83,7 @@ class RolloutStream(Iterator[HostBatch]):
 
     def __next__(self) -> HostBatch:
         done, number = self._number, self._number + 1
+        left_out = self._left_out()
         asked = self._ask()
         rollouts, seconds = self._log.read(number), {}
         if rollouts is None:
@@ -102,9 +103,9 @@ class RolloutStream(Iterator[HostBatch]):
         return replace(
             host,
             state=self.state(),
-            report=describe(rollouts, done) if rollouts else {},
+            report=(describe(rollouts, done) if rollouts else {}) | self._left_out(),
             seconds=seconds,
-            notes=tuple(self._notes(number, asked, rollouts)),
+            notes=(*self._first_left_out(number, left_out), *self._notes(number, asked, rollouts)),
         )
 
     def learned(self, host: HostBatch, log_ratio: np.ndarray) -> None:
@@ -116,6 +117,11 @@ class RolloutStream(Iterator[HostBatch]):
                 rollout.kl = float(_rows(placed, by_shard).mean())
         if rollouts:
             self._log.write(host.state["number"], rollouts)
+
+    def set_aside(self, number: int) -> None:
+        """What was written for step ``number`` and later ones is drawn anew when the run goes on."""
+        self._written.clear()
+        self._log.set_aside(number)
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch: plain numbers, ready for JSON."""
@@ -200,6 +206,7 @@ class RolloutStream(Iterator[HostBatch]):
             seen.skipped += 1
             return []
         if not self._sampled(prompt):
+            seen.dropped += not prompt.documents
             return [len(document) for document in prompt.documents]
         seen.longest = max(seen.longest, len(prompt))
         length = len(prompt) + self._rollout.max_new_tokens
@@ -217,7 +224,7 @@ class RolloutStream(Iterator[HostBatch]):
     def _sampled(self, prompt: Prompt) -> bool:
         """Whether the student answers the prompt that comes next: by a coin of its own, or because nobody else did."""
         coin = np.random.default_rng([self._seed, self._next]).random()
-        return coin < self._config.distill.on_policy_fraction or not prompt.documents
+        return coin < self._config.distill.on_policy_fraction or prompt.answer is None
 
     def _draw(self, asked: list[Asked]) -> list[Rollout]:
         """Have the student answer, and judge the answers."""
@@ -294,6 +301,16 @@ class RolloutStream(Iterator[HostBatch]):
         seen.tokens += host.tokens
         seen.loss_tokens += host.loss_tokens
         seen.positions += host.tokens + host.padding
+
+    def _left_out(self) -> dict[str, float]:
+        seen = self.statistics
+        return {"rollout/prompts_too_long": float(seen.dropped), "rollout/prompts_malformed": float(seen.skipped)}
+
+    def _first_left_out(self, number: int, before: dict[str, float]) -> Iterator[str]:
+        for name, count in self._left_out().items():
+            if count and not before[name]:
+                what = name.removeprefix("rollout/").replace("_", " ")
+                yield f"step {number}: the first {what}, left out; {name} counts them"
 
     def _notes(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> Iterator[str]:
         where = f"step {number}: all {len(rollouts)} responses"

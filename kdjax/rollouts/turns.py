@@ -22,7 +22,7 @@ AWAKE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 NEXT = {
     "train": ("sync", "renew", "generate", "prefill"),
-    "sync": ("renew", "generate", "prefill"),
+    "sync": ("renew", "generate", "prefill", "train"),  # at once where a step read back from disk has no row to judge
     "renew": ("sync", "generate", "prefill"),  # one engine in both roles takes the weights of each in turn
     "generate": ("sync", "renew", "prefill", "train"),  # so does a student's
     "prefill": ("renew", "train"),  # a teacher that was started again gets its weights again

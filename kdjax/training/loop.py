@@ -218,6 +218,8 @@ class _Run:
                 values |= window.close(number) | self.stream.gauges()
                 self.metrics.write(number, values)
                 display.step(number, self.steps, values)
+            elif of_rollouts := {name: value for name, value in values.items() if name.startswith("rollout/")}:
+                self.metrics.write(number, of_rollouts)
             with window.paused():
                 if evaluate and self._evaluate(number):
                     display.line(f"no better held-out loss in {config.train.patience} evaluations: stopping")
@@ -271,6 +273,7 @@ class _Run:
         what, places = blame(self.step, batch)
         where = f"; it comes from {', '.join(places)}" if places else "; no document fails by itself"
         mend = "look at the teacher" if "teacher" in what else "lower train.learning_rate, or look at those rows"
+        self.stream.set_aside_rollouts(number)
         raise UserError(
             f"step {number}: {what} not finite (loss {values['loss']}, gradient norm {values['grad_norm']}){where}; "
             f"{self.checkpoints.newest()}; {mend}"
@@ -290,12 +293,14 @@ class _Run:
         if self.stream.students is None:
             return
         if rollout.max_k3 is not None and not values["rollout/k3"] <= rollout.max_k3:
+            self.stream.set_aside_rollouts(number)
             raise UserError(
                 f"step {number}: trainer and rollout engine disagree about the sampled tokens, k3 = "
                 f"{values['rollout/k3']:.3g} nats a token (rollout.max_k3={rollout.max_k3}). Either the engine's "
                 f"weights are not the student's (versions up to {rollout.max_staleness} steps old are allowed by "
                 f"rollout.max_staleness), or it computes in another dtype (rollout.dtype) or numerics; if staleness "
-                f"alone explains it, lower it or the learning rate, or raise rollout.max_k3"
+                f"alone explains it, lower it or the learning rate, or raise rollout.max_k3; "
+                f"{self.checkpoints.newest()}; the same command goes on and has these responses written anew"
             )
 
     def _evaluate(self, step: int) -> bool:

@@ -77,6 +77,8 @@ class Display:
         """A line of training: loss and its parts, rates, time left, and where the seconds of a step went."""
         parts = {name: value for name, value in values.items() if name not in NOT_PARTS and "/" not in name}
         words = [f"step {step}/{steps}", f"loss {values['loss']:.4f}", *(f"{n} {v:.4f}" for n, v in parts.items())]
+        if "rollout/k3" in values:
+            words.append(f"k3 {values['rollout/k3']:.1e}")
         words += [f"grad {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}"]
         words += [f"{values['tokens_per_second']:,.0f} tok/s"]
         seconds = {n.removeprefix("seconds/"): v for n, v in values.items() if n.startswith("seconds/")}

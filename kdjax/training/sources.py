@@ -191,6 +191,7 @@ class Stream:
             self.turns.join("teacher", [self.engine.remote])
         if isinstance(self.data, RolloutStream):
             known = valid_ids(self.tokenizer, self._student_ids)
+            known[self._shape["vocab_size"] :] = False  # the teacher could not read them
             end = self.tokenizer.eos_token_id
             self.data.engines = StudentEngines(
                 config,
@@ -320,6 +321,12 @@ class Stream:
         if self.self_teacher is not None and self._begun:
             self.self_teacher.send()
         self.turns.enter("prefill")
+
+    def set_aside_rollouts(self, number: int) -> None:
+        """Make no more batches, and read nothing back that was written for step ``number`` or a later one."""
+        self.close()
+        if isinstance(self.data, RolloutStream):
+            self.data.set_aside(number)
 
     def kill(self) -> None:
         """End the engines and unlink the pool at once, whatever they are doing; the process is about to end."""
