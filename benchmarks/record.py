@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "sglang", "liger-kernel")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "sglang")
+ON_GPUS = ("jax-cuda13-plugin", "nvidia-cudnn-cu13", "triton", "sglang-kernel", "liger-kernel")
 
 
 def record(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
@@ -52,12 +53,24 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "load": round(os.getloadavg()[0], 2),
         "tunables": os.environ.get("GLIBC_TUNABLES"),
+        "gpus": gpus(),
     }
+
+
+def gpus() -> list[str]:
+    """Name, driver, memory and highest clocks of each, as the driver says; none where it does not answer."""
+    fields = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return []
+    return told.stdout.splitlines()
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *ON_GPUS):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -66,10 +79,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit, with a mark where the working tree differs from it; "unknown" outside a checkout."""
+    """The commit, with a mark where the working tree differs from it; outside a checkout what KDJAX_COMMIT says."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match=nothing"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    return found.stdout.strip() or os.environ.get("KDJAX_COMMIT", "unknown")
 
 
 def _cpu_name() -> str:

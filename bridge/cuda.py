@@ -22,16 +22,19 @@ class _Handle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_byte * HANDLE_BYTES)]
 
 
+IPC_UNIT = 2**21  # what is smaller shares a block with others, and its handle opens the whole block
+
+
 class Allocation:
-    """`size` zeroed bytes for `what` on GPU number `ordinal`, freed when nothing refers to this object any more."""
+    """`size` zeroed bytes or a few more for `what` on GPU `ordinal`, freed when nothing refers to this any more."""
 
     def __init__(self, ordinal: int, size: int, what: str = "hidden rows"):
         """raises EngineError where the GPU has not so much free"""
-        self.ordinal, self.size = ordinal, size
+        self.ordinal, self.size = ordinal, -(-size // IPC_UNIT) * IPC_UNIT
         pointer = ctypes.c_uint64()
         with _on(ordinal):
             try:
-                _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
+                _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(self.size))
             except EngineError as error:
                 raise EngineError(
                     f"{size / 2**30:.2f} GiB of {what} do not fit on GPU {ordinal} "
@@ -39,7 +42,7 @@ class Allocation:
                     f"or a smaller mem_fraction of the engines there"
                 ) from error
             self.address = pointer.value
-            _call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(size))
+            _call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), ctypes.c_size_t(self.size))
             _call("cuCtxSynchronize")
 
     def handle(self) -> bytes:

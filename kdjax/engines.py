@@ -5,6 +5,7 @@ None of it starts JAX.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,11 +20,27 @@ from kdjax.errors import UserError, first_line
 
 Answer = TypeVar("Answer")
 
+JAX_SHARE = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # the name that JAX 0.10 knows, and the later
+OTHERS_SHARE, LEAST_SHARE = 0.1, 0.1  # for the pool, engines' activations and CUDA; for a student at least
+
 
 def engine_device() -> str:
     """``cuda`` where an NVIDIA driver answers, unless ``JAX_PLATFORMS`` tells JAX to keep off GPUs; else ``cpu``."""
     platforms = jax.config.jax_platforms
     return "cpu" if platforms and not {"cuda", "gpu"} & set(platforms.split(",")) else default_device()
+
+
+def leave_room(config: Config) -> None:
+    """Tell JAX which share of each GPU's memory to take: what engines leave, unless the environment names one.
+
+    To be called before JAX starts; later, and on a CPU, it changes nothing.
+    """
+    teacher, rollout = config.teacher, config.rollout
+    if teacher.path is None or any(os.environ.get(name) for name in JAX_SHARE):
+        return
+    shares = [teacher.mem_fraction] + [rollout.mem_fraction] * bool(config.distill.on_policy_fraction)
+    engines = max(shares) if config.colocate else sum(shares)
+    os.environ[JAX_SHARE[0]] = f"{max(LEAST_SHARE, 1 - OTHERS_SHARE - engines):.2f}"
 
 
 def engine_dtype(dtype: str, device: str) -> str:

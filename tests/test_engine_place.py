@@ -1,6 +1,7 @@
 """Do engines run where JAX is told to, compute in what goes with it, and never sample padding, whoever started them?"""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,29 @@ def test_engines_run_where_the_driver_answers_and_jax_may_go(monkeypatch, driver
     monkeypatch.setattr(kdjax.engines, "default_device", lambda: driver)
     monkeypatch.setattr(kdjax.engines.jax, "config", SimpleNamespace(jax_platforms=told))
     assert engine_device() == ("cpu" if kept_off else driver)
+
+
+@pytest.mark.parametrize(
+    ("values", "told", "share"),
+    [
+        ({"teacher": {"path": "t"}}, {}, "0.50"),
+        ({"teacher": {"path": "t", "mem_fraction": 0.2}, "rollout": {"mem_fraction": 0.3}}, {}, "0.70"),
+        ({"teacher": {"path": "t", "mem_fraction": 0.2}, "distill": {"on_policy_fraction": 1.0}}, {}, "0.30"),
+        ({"teacher": {"path": "t"}, "distill": {"on_policy_fraction": 1.0}, "colocate": True}, {}, "0.50"),
+        ({"teacher": {"path": "t", "mem_fraction": 0.9}}, {}, "0.10"),
+        ({"teacher": {"path": "t"}}, {"XLA_CLIENT_MEM_FRACTION": "0.8"}, None),
+        ({"teacher": {"path": "t"}}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.8"}, "0.8"),
+        ({}, {}, None),
+    ],
+)
+def test_jax_leaves_its_engines_their_share(monkeypatch, values, told, share):
+    for name in kdjax.engines.JAX_SHARE:
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    kdjax.engines.leave_room(from_dict({"student": {"path": "s"}, "data": {"train": [{"path": "x"}]}} | values))
+    assert os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == share
 
 
 def test_auto_goes_with_the_device():

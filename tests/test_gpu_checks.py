@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import __main__ as gpu, loss, pool, sharing, step, sync
+from benchmarks import quickstart
+from benchmarks.gpu import __main__ as gpu, loss, pool, runs, sharing, step, sync
 from benchmarks.gpu.shapes import shape
+from kdjax.config import load_config
 from kdjax.models.attention import causal_attention
 
 
@@ -98,11 +100,38 @@ def test_a_fused_loss_that_is_another(monkeypatch, values, gradients, said):
 
     monkeypatch.setattr(loss, "fused", another)
     with nullcontext() if said is None else pytest.raises(ArithmeticError, match=f"fused kl .* apart: {said}"):
-        for gap in loss.checked(arrays).values():
-            assert gap["value"] == pytest.approx(values - 1, rel=0.02)
-            assert gap["head"] == pytest.approx(gradients - 1, rel=0.1)
-    if said is None:
-        assert loss.checked(arrays).keys() == {"kl", "jsd"}
+        gaps = loss.checked(arrays, "kl")
+        assert gaps["value"] == pytest.approx(values - 1, rel=0.02)
+        assert gaps["head"] == pytest.approx(gradients - 1, rel=0.1)
+
+
+@pytest.mark.parametrize("case", runs.CASES)
+def test_what_a_run_on_a_gpu_is_told_is_understood(monkeypatch, tmp_path, case):
+    """at full size too, so that no misspelt key costs the run"""
+    told = []
+
+    def run(out, values, skip):
+        told.append(load_config(quickstart.CONFIG, [f"{key}={json.dumps(value)}" for key, value in values.items()]))
+        (out / "checkpoints").mkdir(parents=True)
+        (out / "student").mkdir()
+        (out / "student" / "config.json").write_text('{"hidden_size": 8, "vocab_size": 9}')
+        return {"sync": {"seconds": 1.0}}
+
+    monkeypatch.setattr(runs, "teacher_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(runs, "run", run)
+    found = runs.measure(case, False, tmp_path)
+    assert told[0].student.dtype == "bfloat16" and found["shapes"]["teacher"] == "4B"
+    assert told[0].teacher.lookahead == (0 if "turns" in case else 1) and told[0].colocate == (case == "colocated")
+
+
+def test_what_a_case_on_a_gpu_finds_in_its_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "_installed", lambda package: False)
+    found = {section: gpu._environment(section, tmp_path) for section in gpu.SECTIONS}
+    alone = {section for section, values in found.items() if "XLA_PYTHON_CLIENT_MEM_FRACTION" in values}
+    assert alone == {"loss", "step"}
+    assert {values["SGLANG_IS_FLASHINFER_AVAILABLE"] for values in found.values()} == {"false"}
+    monkeypatch.setattr(gpu, "_installed", lambda package: True)
+    assert "SGLANG_IS_FLASHINFER_AVAILABLE" not in gpu._environment("runs", tmp_path)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -28,25 +28,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks import table
-from benchmarks.record import ROOT, record
+from benchmarks.record import ROOT, gpus, record
 
 # Section, case and the seconds after which it is stopped, goals first.
 JOBS: tuple[tuple[str, str | None, int], ...] = (
-    ("loss", None, 100),
+    ("loss", "kl", 70),
     ("step", "1.7B, 4 rows, remat dots", 75),
     ("step", "4B, 2 rows, remat dots", 75),
-    ("pool", None, 50),
-    ("runs", "off-policy", 170),
+    ("pool", None, 75),
+    ("runs", "off-policy, overlapped", 150),
     ("runs", "on-policy", 120),
+    ("runs", "off-policy, in turns", 90),
+    ("loss", "jsd", 50),
+    ("loss", "liger", 50),
     ("step", "attention", 45),
     ("sync", None, 75),
     ("runs", "colocated", 120),
     ("step", "1.7B, 4 rows, remat none", 75),
-    ("step", "4B, 2 rows, remat none", 75),
+    ("step", "4B, 1 rows, remat none", 75),
     ("sharing", "parameters", 45),
     ("sharing", "engine", 75),
     ("sharing", "allocators", 45),
@@ -62,7 +66,7 @@ def run(section: str, case: str | None, seconds: float, toy: bool, folder: Path)
     part = folder / "part.json"
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--job", section, case or "", "--folder", str(folder)]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = _environment(section, folder) | os.environ
     start = time.perf_counter()
     with (folder / "said").open("w+") as said:
         process = subprocess.Popen(
@@ -121,12 +125,31 @@ def main() -> int:
     return int(failed)
 
 
-def _gpu_name() -> str | None:
+def _environment(section: str, folder: Path) -> dict[str, str]:
+    """What a case's process finds, unless the caller's environment says otherwise."""
+    found = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # runs of one shape compile once
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    if section in ("loss", "step"):  # alone on the GPU
+        found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
+    if not _installed("flashinfer-python"):  # SGLang takes anything that can be imported by its name for it
+        found["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
+    return found
+
+
+def _installed(package: str) -> bool:
     try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (FileNotFoundError, subprocess.CalledProcessError, IndexError):
-        return None
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _gpu_name() -> str | None:
+    return next((told.partition(",")[0] for told in gpus()), None)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """The fused loss in bf16 at H = 4,096, V = 128,256, 8,192 tokens, against the matrix products that it cannot avoid.
 
-First value and gradients of some rows are held against float32 logits of them; where they differ there is nothing to
-time.
-
-The products alone, the fused loss at several sizes of its chunks and, where it can be imported, Liger's fused linear
-JSD (2410.10989) take turns.
+kl, jsd   the products alone and the fused loss at several sizes of its chunks take turns; first its value and gradients
+          of some rows are held against float32 logits of them, and where they differ there is nothing to time
+liger     Liger's fused linear JSD (2410.10989), where it can be imported, and ours take turns
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,16 @@ from benchmarks.timing import SECONDS, in_turns, quotient
 from kdjax.losses import linear_divergence
 
 PRODUCTS = {"logits": "nd,dv->nv", "hidden gradient": "nv,dv->nd", "head gradient": "nd,nv->dv"}
+DEFAULT = "chunks as chosen"
 CHECKED, VALUES_AGREE, GRADIENTS_AGREE = 256, 2e-3, 2e-2  # rows, relative; a gradient is written in bf16
-CASES = {"kl": (1024, 2048, 4096), "jsd": (2048,)}  # rows of a chunk
+CHUNKS = {
+    "kl": (None, 512, 2048, 4096),
+    "jsd": (None, 2048),
+    "liger": (None,),
+}  # rows; None: the library's choice
 
 
-def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
+def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
     rows, width, vocabulary = (256, 64, 4096) if toy else (8192, 4096, 128_256)
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, teacher_hidden = (jax.random.normal(key, (rows, width), jnp.bfloat16) for key in keys[:2])
@@ -35,7 +37,8 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
     arrays = hidden, head, teacher_hidden, teacher_head
     slope = jnp.full((rows, vocabulary), 1e-3, jnp.bfloat16)
     mask = jnp.ones(rows, bool)
-    gaps = checked(arrays)
+    divergence = "jsd" if case == "liger" else case
+    gaps = {} if case == "liger" else checked(arrays, divergence)
     programs: dict[str, Callable[[], Any]] = {}
 
     operands = {"logits": (hidden, head), "hidden gradient": (slope, head), "head gradient": (hidden, slope)}
@@ -44,21 +47,19 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
         programs[name] = lambda f=product, pair=operands[name]: jax.block_until_ready(f(*pair))
 
     planned = {}
-    for divergence, chunks in CASES.items():
-        for chunk in chunks:
+    for chunk in CHUNKS[case]:
 
-            def run(*arrays: jax.Array, divergence: str = divergence, chunk: int = chunk) -> jax.Array:
-                return linear_divergence(*arrays, divergence=divergence, mask=mask, chunk_rows=chunk)[0]
+        def run(*arrays: jax.Array, chunk: int | None = chunk) -> jax.Array:
+            return linear_divergence(*arrays, divergence=divergence, mask=mask, chunk_rows=chunk)[0]
 
-            name = f"{divergence}, chunks of {chunk}"
-            compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*arrays).compile()
-            programs[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
-            memory = compiled.memory_analysis()
-            planned[name] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        name = DEFAULT if chunk is None else f"chunks of {chunk}"
+        compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*arrays).compile()
+        programs[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
+        memory = compiled.memory_analysis()
+        planned[name] = memory.temp_size_in_bytes + memory.output_size_in_bytes
 
-    liger = None if toy or importlib.util.find_spec("liger_kernel") is None else Liger(rows, width, vocabulary)
-    if liger is not None:
-        programs["liger, jsd"] = liger
+    if liger := Liger(rows, width, vocabulary) if case == "liger" and not toy else None:
+        programs["liger"] = liger
     for program in programs.values():
         program()
     timed = in_turns(programs, seconds=0.0 if toy else SECONDS)
@@ -72,6 +73,7 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
     flops = 8 * rows * width * vocabulary
     floor = spread(floors) | {"products": products}
     return {
+        "divergence": divergence,
         "shapes": {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"},
         "relative_gaps": gaps,
         "floor": floor | {"tflops": flops / floor["seconds"] / 1e12},
@@ -79,28 +81,23 @@ def measure(case: None, toy: bool, folder: Path) -> dict[str, Any]:
     }
 
 
-def checked(arrays: tuple[jax.Array, ...]) -> dict[str, dict[str, float]]:
-    """Divergence → how far the fused loss of the first rows and its gradients lie from those of float32 logits.
+def checked(arrays: tuple[jax.Array, ...], divergence: str) -> dict[str, float]:
+    """How far the fused loss of the first rows and its gradients lie from those of float32 logits.
 
     A gradient's distance is ‖found − expected‖ / ‖expected‖. Raises ArithmeticError where one is too large.
     """
     hidden, head, teacher_hidden, teacher_head = arrays
     few = hidden[:CHECKED], head, teacher_hidden[:CHECKED], teacher_head
-    gaps = {}
-    for divergence in CASES:
-        with jax.default_matmul_precision("highest"):
-            exact = tuple(x.astype(jnp.float32) for x in few)
-            expected, slopes = jax.jit(jax.value_and_grad(naive(divergence), (0, 1)))(*exact)
-        value, found = jax.jit(jax.value_and_grad(fused(divergence), (0, 1)))(*few)
-        gap = {"value": float(abs(value - expected) / expected)}
-        for name, one, other in zip(("hidden", "head"), found, slopes, strict=True):
-            gap[name] = float(jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other))
-        for name, apart in gap.items():
-            if not apart <= (VALUES_AGREE if name == "value" else GRADIENTS_AGREE):
-                raise ArithmeticError(
-                    f"the fused {divergence} and that of float32 logits are {apart:.1e} apart: {name}"
-                )
-        gaps[divergence] = gap
+    with jax.default_matmul_precision("highest"):
+        exact = tuple(x.astype(jnp.float32) for x in few)
+        expected, slopes = jax.jit(jax.value_and_grad(naive(divergence), (0, 1)))(*exact)
+    value, found = jax.jit(jax.value_and_grad(fused(divergence), (0, 1)))(*few)
+    gaps = {"value": float(abs(value - expected) / expected)}
+    for name, one, other in zip(("hidden", "head"), found, slopes, strict=True):
+        gaps[name] = float(jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other))
+    for name, apart in gaps.items():
+        if not apart <= (VALUES_AGREE if name == "value" else GRADIENTS_AGREE):
+            raise ArithmeticError(f"the fused {divergence} and that of float32 logits are {apart:.1e} apart: {name}")
     return gaps
 
 

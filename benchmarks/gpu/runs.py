@@ -1,6 +1,6 @@
 """Whole runs with SGLang on the same GPU, at Qwen3's shapes with random weights, and what their metrics say.
 
-off-policy   the teacher beside the student, and then in turns with it: prefill, transfer, step, their sum
+off-policy   the teacher beside the student, overlapped or in turns with it: prefill, transfer, step, their sum
 on-policy    the student writes, learns, and its weights go to its engine
 colocated    teacher and trainer hold the GPU in turn: the engine sleeps while the student trains, and AdamW's moments
              wait in host memory
@@ -9,7 +9,6 @@ colocated    teacher and trainer hold the GPU in turn: the engine sleeps while t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,47 +34,47 @@ NAMES = ("step", "teacher", "waiting", "transfer", "student", "sync", "generate"
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
     teacher = teacher_folder(folder, toy)
-    return {"off-policy": off_policy, "on-policy": on_policy, "colocated": colocated}[case](teacher, folder, toy)
+    out = folder / case.replace(", ", "-").replace(" ", "-")
+    values, shapes, skip = CASES[case](teacher, toy)
+    found = run(out, values, skip) | {"shapes": shapes | {"teacher": TEACHER, "student": STUDENT}}
+    shutil.rmtree(out / "checkpoints")  # gigabytes
+    if case != "on-policy":
+        return found
+    size = sum(file.stat().st_size for file in (out / "student").glob("*.safetensors"))
+    found |= {"weights_bytes": size, "dtype": read_facts(out / "student").dtype}
+    return found | {"sync_bytes_per_second": size / found["sync"]["seconds"]}
 
 
-def off_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
-    steps, every = (4, 1) if toy else (25, 5)
-    values, shapes = given_answers(teacher, toy, steps, every)
-    beside, turns = (
-        run(folder / f"lookahead-{ahead}", values | {"teacher.lookahead": ahead}, skip=1 if toy else 2)
-        for ahead in (1, 0)
-    )
-    tokens = turns["tokens_per_second"]["median"] * turns["step"]["seconds"]
-    return {
-        "shapes": shapes,
-        "beside": beside,
-        "in_turns": turns,
-        "tokens_a_step": tokens,
-        "prefill_tokens_per_second": tokens / turns["teacher"]["seconds"],
-        "of_the_sum_of_parts": beside["step"]["seconds"] / turns["step"]["seconds"],
-    }
+Case = tuple[dict[str, Any], dict[str, Any], int]
+"""What a run changes in the quickstart's configuration, its shapes, and how many of its first windows do not count."""
 
 
-def colocated(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
-    values, shapes = given_answers(teacher, toy, *((3, 1) if toy else (12, 3)))
-    values |= {"colocate": True, "train.offload": ["optimizer"]}
-    return run(folder / "colocated", values, skip=1) | {"shapes": shapes}
+def overlapped(teacher: Path, toy: bool) -> Case:
+    return given_answers(teacher, toy, 4, 1, 1) if toy else given_answers(teacher, toy, 25, 5, 2)
 
 
-def given_answers(teacher: Path, toy: bool, steps: int, every: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What off-policy runs change in the quickstart's configuration, and their shapes."""
+def in_turns(teacher: Path, toy: bool) -> Case:
+    values, shapes, skip = overlapped(teacher, toy)
+    return values | {"teacher.lookahead": 0}, shapes, skip
+
+
+def colocated(teacher: Path, toy: bool) -> Case:
+    values, shapes, skip = given_answers(teacher, toy, *((3, 1, 1) if toy else (12, 3, 1)))
+    return values | {"colocate": True, "train.offload": ["optimizer"]}, shapes, skip
+
+
+def given_answers(teacher: Path, toy: bool, steps: int, every: int, skip: int) -> Case:
     length, rows = 256, 4 if toy else 128
     values = common(teacher, toy, steps, every) | {
         "data.max_len": length,
         "data.packing": False,  # most documents fill half a row, and cuDNN's attention needs no mask
         "train.batch_size": rows,
     }
-    return values, {"steps": steps, "rows": rows, "length": length, "teacher": TEACHER, "student": STUDENT}
+    return values, {"steps": steps, "rows": rows, "length": length}, skip
 
 
-def on_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
+def on_policy(teacher: Path, toy: bool) -> Case:
     steps, every, length, rows = (3, 1, 256, 4) if toy else (8, 1, 512, 32)
-    out = folder / "on-policy"
     values = common(teacher, toy, steps, every) | {
         "data.max_len": length,
         "data.packing": False,
@@ -89,14 +88,15 @@ def on_policy(teacher: Path, folder: Path, toy: bool) -> dict[str, Any]:
     }
     if not toy:
         values |= {"rollout.mem_fraction": 0.15, "rollout.threads": None, "rollout.args": SGLANG}
-    found = run(out, values, skip=1)
-    size = sum(file.stat().st_size for file in (out / "student").glob("*.safetensors"))
-    return found | {
-        "shapes": {"steps": steps, "rows": rows, "length": length, "teacher": TEACHER, "student": STUDENT},
-        "weights_bytes": size,
-        "sync_bytes_per_second": size / found["sync"]["seconds"],
-        "dtype": read_facts(out / "student").dtype,
-    }
+    return values, {"steps": steps, "rows": rows, "length": length}, 1
+
+
+CASES = {
+    "off-policy, overlapped": overlapped,
+    "off-policy, in turns": in_turns,
+    "on-policy": on_policy,
+    "colocated": colocated,
+}
 
 
 def teacher_folder(folder: Path, toy: bool) -> Path:
@@ -148,8 +148,7 @@ def run(out: Path, values: dict[str, Any], skip: int) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "kdjax.train", "--config", "configs/quickstart.yaml", f"output={out}"]
     command += [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         logs = [f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in out.glob("*.log")]
         raise RuntimeError("\n".join([done.stdout[-1500:], done.stderr[-2500:], *logs]))
@@ -157,6 +156,5 @@ def run(out: Path, values: dict[str, Any], skip: int) -> dict[str, Any]:
     found = {name: spread([w[f"seconds/{name}"] for w in windows]) for name in NAMES if f"seconds/{name}" in windows[0]}
     speeds = spread([w["tokens_per_second"] for w in windows])
     speeds["median"] = speeds.pop("seconds")
-    shutil.rmtree(out / "checkpoints")  # gigabytes
     found |= {"tokens_per_second": speeds, "losses": [w["loss"] for w in windows]}
     return found | ({"k3": [w["rollout/k3"] for w in windows]} if "rollout/k3" in windows[0] else {})

@@ -35,6 +35,7 @@ from kdjax.data import (
 from kdjax.data.budget import TokenBudget
 from kdjax.data.files import refuse_missing
 from kdjax.data.prepare import first_documents, open_sources
+from kdjax.engines import engine_device, leave_room
 from kdjax.errors import UserError
 from kdjax.losses import Head
 from kdjax.rollouts.engines import StudentEngines
@@ -80,6 +81,7 @@ class Stream:
         tell: Callable[[str], None] = logging.getLogger("kdjax").warning,
     ) -> None:
         self.config, self._tell = config, tell
+        leave_room(config)
         self.mesh = mesh if mesh is not None else make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.shards = data_shards(self.mesh)
         rows = _rows(config, self.shards)
@@ -183,11 +185,13 @@ class Stream:
         """Let engines that follow the student take its weights from ``step``: those that write its responses, and a
         teacher that is its earlier self. Where there are such, this is needed before the first batch."""
         config, self._step = self.config, step
-        if config.colocate:  # SGLang sizes its cache by what is free as it starts, so others sleep by then
+        if engine_device() == "cuda":  # SGLang sizes its cache by what is free as it starts: one after the other
+            self.wait_ready()
+        if config.colocate:
             self.turns = Turns({"student": config.rollout.resident, "teacher": config.teacher.resident})
             if "parameters" in config.train.offload:
                 self.turns.join("trainer", [Parked(step)], awake=[WEIGHTS])
-            self.engine.remote.wait_ready()
+            self.wait_ready()
             self.turns.join("teacher", [self.engine.remote])
         if isinstance(self.data, RolloutStream):
             known = valid_ids(self.tokenizer, self._student_ids)
