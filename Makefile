@@ -37,7 +37,7 @@ bench-full: bench  ## and what distillation is worth, over several seeds: three 
 	$(BIN)/python -m benchmarks.table
 
 gpu: setup  ## on a machine with a GPU: check and measure, ten minutes; Liger's loss too, where it can be installed
-	-$(BIN)/python -c 'import liger_kernel' 2>/dev/null || $(PIP) --no-deps 'liger-kernel>=0.6,<0.9'
+	-$(BIN)/python -c 'import liger_kernel' 2>/dev/null || $(PIP) --no-deps -c requirements/gpu-constraints.txt liger-kernel
 	$(BIN)/python -m benchmarks.gpu
 
 docs: setup  ## into site/; a link that leads nowhere in it is an error (the web's are not followed)
