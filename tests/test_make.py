@@ -60,7 +60,8 @@ def test_a_machine_with_a_gpu_gets_its_packages(make):
 
 def test_a_benchmark_on_a_gpu_has_ligers_loss_beside_ours(make):
     *_, liger, measured = make("gpu", gpu=True)
-    assert liger == "pip --no-deps -c requirements/gpu-constraints.txt liger-kernel" and measured == "python -m benchmarks.gpu"
+    assert liger == "pip --no-deps -c requirements/gpu-constraints.txt liger-kernel"
+    assert measured == "python -m benchmarks.gpu"
 
 
 def test_ci_runs_what_a_person_runs(make, root):

@@ -192,6 +192,31 @@ def test_stale_responses_overlap_with_training_and_are_weighed(on_policy_values,
     assert all(0.3 < w <= 2.0 for w in weights) and weights[-1] != 1.0
 
 
+@pytest.mark.parametrize("engines", [1, 2])
+def test_an_engine_that_dies_behind_training_loses_and_doubles_no_prompt(
+    on_policy_values, tmp_path, local_engines, monkeypatch, engines
+):
+    """it dies while it writes for a later step, and again with new weights in its hands; one of two alone"""
+    on_policy_values["rollout"] |= {"max_staleness": 2, "engines": engines, "importance_clip": 2.0, "max_k3": 1.0}
+    on_policy_values["log"]["every"] = 4
+    draw, dies = StudentEngines.generate, ["weights_bucket", "generate"]
+
+    def sometimes(self, prompts, seeds):
+        if dies and self.version >= 2:
+            self.engines[-1].deaths.append(dies.pop())
+        return draw(self, prompts, seeds)
+
+    monkeypatch.setattr(StudentEngines, "generate", sometimes)
+    assert go(on_policy_values).steps == 6
+    run = tmp_path / "run"
+    assert local_engines[-1].starts == 3 and not dies
+    written = [(number, r) for number in range(1, 7) for r in rollouts(run, number)]
+    prompts = [r["prompt"] for _, r in written]
+    assert prompts == sorted(set(prompts)) and len({number for number, _ in written}) == 6
+    assert all(0 <= number - 1 - r["version"] <= 2 for number, r in written)
+    assert len(metrics(run, "rollout/k3")) == 6 and len(metrics(run)) == 2  # of every step, whatever log.every
+
+
 def test_policy_gradient_with_a_reward(on_policy_values, tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("def digits(prompt, response, row):\n    return sum(c.isdigit() for c in response) / 8\n")
