@@ -30,7 +30,8 @@ from kdjax.training.student import make_student
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets
 SECONDS = 1.5  # of steps in a round
-LOSS_AGREES, ROWS_AGREE = 2e-3, 5e-2  # relative: of a mean over tokens, and of the hidden rows in norm
+LOSS_AGREES = 2e-3  # relative, of a mean over tokens
+ROWS_AGREE = 1.5  # times the distance of XLA's own hidden rows in bfloat16 from those in float32
 
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
 
 
 def kernels(toy: bool) -> dict[str, Any]:
-    """One row through both kernels, in bfloat16: how far the loss and the hidden rows are apart.
+    """One row through both kernels, in bfloat16: how far the losses are apart, and each's hidden rows from float32's.
 
     Raises ArithmeticError where that is more than rounding. Weights are larger than a new model's, so that what a row
     attends to decides its loss. Without a GPU there is one kernel, and nothing to compare it with.
@@ -81,15 +82,23 @@ def kernels(toy: bool) -> dict[str, Any]:
         logs = jax.nn.log_softmax(model.logits(hidden[:, :-1]))
         return hidden.astype(jnp.float32), -jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1).mean()
 
-    def through(kernel: str) -> tuple[jax.Array, jax.Array]:
-        return run(load_model(None, config=shapes, init="random", dtype="bfloat16", attention=kernel))
+    def through(kernel: str, dtype: str = "bfloat16") -> tuple[jax.Array, jax.Array]:
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            return run(load_model(None, config=shapes, init="random", dtype=dtype, attention=kernel))
 
-    (ours, loss), (theirs, expected) = through("xla" if toy else "cudnn"), through("xla")
-    of_rows = float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
+    (ours, loss), (theirs, expected), (exact, _) = (
+        through("xla" if toy else "cudnn"),
+        through("xla"),
+        through("xla", "float32"),
+    )
     of_loss = float(abs(loss - expected) / expected)
-    if not (of_loss <= LOSS_AGREES and of_rows <= ROWS_AGREE):
-        raise ArithmeticError(f"attention by cuDNN is not XLA's: loss {loss} and {expected}, rows {of_rows:.1e} apart")
-    return {"length": length, "loss": float(loss), "relative_gap": of_loss, "relative_gap_of_rows": of_rows}
+    error, usual = (float(jnp.linalg.norm(rows - exact) / jnp.linalg.norm(exact)) for rows in (ours, theirs))
+    if not (of_loss <= LOSS_AGREES and error <= ROWS_AGREE * usual):
+        raise ArithmeticError(
+            f"attention by cuDNN is not XLA's: loss {loss} and {expected}, rows {error:.1e} from float32's, "
+            f"XLA's {usual:.1e}"
+        )
+    return {"length": length, "loss": float(loss), "relative_gap": of_loss, "rows_from_float32": [error, usual]}
 
 
 def make(size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[str, ...] = ()) -> Step:
