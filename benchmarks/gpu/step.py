@@ -84,7 +84,8 @@ def kernels(toy: bool) -> dict[str, Any]:
 
     def through(kernel: str, dtype: str = "bfloat16") -> tuple[jax.Array, jax.Array]:
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            return run(load_model(None, config=shapes, init="random", dtype=dtype, attention=kernel))
+            weights = dict(config=shapes, init="random", param_dtype="float32")  # the same for all
+            return run(load_model(None, **weights, dtype=dtype, attention=kernel))
 
     (ours, loss), (theirs, expected), (exact, _) = (
         through("xla" if toy else "cudnn"),
