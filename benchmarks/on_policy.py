@@ -1,12 +1,13 @@
 """Does a student learn more from its own answers than from given ones? Exact match on held-out sums, several seeds.
 
-    python -m benchmarks.on_policy                        # under an hour on two cores
+    python -m benchmarks.on_policy                        # an hour and a half on two cores
     python -m benchmarks.on_policy --only-table           # write the table anew from the committed results
 
 One student, distilled off-policy for ``WARM_STEPS``, is where every run starts. Each method then takes as many steps
 with as many responses a step, so that all train on nearly the same number of tokens, which is recorded. The learning
 rate of each is the best of the same ``RATES`` on held-out rows and a seed that are used for nothing else. Stopped, it
 goes on where it was, and a run whose configuration has changed since is made anew; ``--fresh`` starts anew with all.
+What counts is the exact match of answers drawn as rollouts are, at temperature 1; that of greedy ones stands beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -42,7 +44,8 @@ METHODS = {
     "on_policy_kl": ("distill.loss=kl", "distill.on_policy_fraction=1.0"),
     "mixed": ("distill.loss=rkl", "distill.on_policy_fraction=0.5"),
 }
-DEFAULT = ("off_policy", "on_policy", "on_policy_kl", "mixed")
+DEFAULT = ("off_policy", "off_policy_rkl", "on_policy", "mixed")
+TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
 NAMES = {
     "off_policy": "off-policy, forward KL",
     "off_policy_rkl": "off-policy, reverse KL",
@@ -61,14 +64,20 @@ def train(out: Path, *overrides: str) -> dict[str, float]:
     return {"tokens": sum(r["loss_tokens"] for r in steps), "seconds": sum(r["seconds/step"] for r in steps)}
 
 
-def exact_match(model: Path | str, rows: str, out: Path) -> float:
-    """Share of the held-out rows that ``model`` answers rightly, greedily."""
+def exact_match(model: Path | str, rows: str, out: Path, ways: Iterable[str] = tuple(TEMPERATURES)) -> dict[str, float]:
+    """Share of the held-out rows that ``model`` answers rightly, by how its answers are drawn."""
     source = {"path": "examples/arithmetic/eval.jsonl", "split": rows}
-    config = load_config(CONFIG, [f"data.eval={json.dumps([source])}", f"output={out}"])
-    return evaluate_task(config, model, "gsm8k", display=Display(quiet=True))["accuracy"]
+    found = {}
+    for way in ways:
+        drawn = [f"generate.temperature={TEMPERATURES[way]}", f"output={out / way}"]
+        config = load_config(CONFIG, [f"data.eval={json.dumps([source])}", *drawn])
+        found[way] = evaluate_task(config, model, "gsm8k", display=Display(quiet=True))["accuracy"]
+    return found
 
 
-def run(home: Path, method: str, rate: float, seed: int, steps: int, rows: str) -> dict[str, Any]:
+def run(
+    home: Path, method: str, rate: float, seed: int, steps: int, rows: str, ways: Iterable[str] = tuple(TEMPERATURES)
+) -> dict[str, Any]:
     """One method from the common student in ``home`` on; returns its exact match, tokens and seconds."""
     out = home / f"{method}-{rate:g}-{seed}"
     shape = [f"train.batch_size={RESPONSES}", f"rollout.prompts={RESPONSES}", "data.packing=false"]
@@ -76,7 +85,7 @@ def run(home: Path, method: str, rate: float, seed: int, steps: int, rows: str) 
     start = [f"student.path={home / 'warm' / 'export'}", "student.init=pretrained", "student.config={}"]
     schedule = [f"train.steps={steps}", f"train.learning_rate={rate}", f"train.min_lr={rate / 10}"]
     result = train(out, *shape, *start, *schedule, f"train.seed={seed}", *METHODS[method])
-    result |= {"seed": seed, "rate": rate, "exact_match": exact_match(out / "export", rows, out)}
+    result |= {"seed": seed, "rate": rate} | exact_match(out / "export", rows, out, ways)
     print(f"{method} rate {rate:g} seed {seed}: {json.dumps(result)}", flush=True)
     return result
 
@@ -88,11 +97,12 @@ def measure(seeds: list[int], warm: int, steps: int, rates: list[float], methods
     found: dict[str, Any] = {"seeds": seeds, "warm_steps": warm, "steps": steps, "responses_a_step": RESPONSES}
     found["teacher"] = exact_match(load_config(CONFIG).teacher.path, TEST_ROWS, home / "teacher")
     found["start"] = exact_match(home / "warm" / "export", TEST_ROWS, home / "warm")
-    print(f"teacher {found['teacher']:.3f}, common student {found['start']:.3f}", flush=True)
-    found["tuning"] = {m: [run(home, m, rate, TUNING_SEED, steps, TUNING_ROWS) for rate in rates] for m in methods}
+    print(f"teacher {found['teacher']}, common student {found['start']}", flush=True)
+    tuning = TUNING_SEED, steps, TUNING_ROWS, ["sampled"]
+    found["tuning"] = {method: [run(home, method, rate, *tuning) for rate in rates] for method in methods}
     found["runs"] = {}
     for method, tried in found["tuning"].items():
-        best = max(tried, key=lambda result: result["exact_match"])["rate"]
+        best = max(tried, key=lambda result: result["sampled"])["rate"]
         found["runs"][method] = [run(home, method, best, seed, steps, TEST_ROWS) for seed in seeds]
     return {"commit": made_at(home.iterdir())} | found
 
@@ -100,22 +110,21 @@ def measure(seeds: list[int], warm: int, steps: int, rates: list[float], methods
 def table(result: dict[str, Any]) -> str:
     """A Markdown table of means ± standard deviations over the seeds."""
 
+    def shares(entries: list[dict]) -> str:
+        each = ([100 * entry[way] for entry in entries] for way in TEMPERATURES)
+        return " | ".join(f"{mean(v):.1f}{f' ± {stdev(v):.1f}' if len(v) > 1 else ''} %" for v in each)
+
     def row(method: str, entries: list[dict]) -> str:
-        values = [100 * entry["exact_match"] for entry in entries]
-        spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-        tokens, seconds = (mean(entry[key] for entry in entries) for key in ("tokens", "seconds"))
-        rate = entries[0]["rate"]
-        return (
-            f"| {NAMES[method]} | {rate:g} | {tokens / 1e3:,.0f} k | {seconds:.0f} s | {mean(values):.1f}{spread} % |"
-        )
+        tokens = mean(entry["tokens"] for entry in entries)
+        return f"| {NAMES[method]} | {entries[0]['rate']:g} | {tokens / 1e3:,.0f} k | {shares(entries)} |"
 
     where, seeds = result["machine"], ", ".join(map(str, result["seeds"]))
     return "\n".join(
         [
-            "| | learning rate | tokens trained on | training | exact match |",
+            "| | learning rate | tokens trained on | exact match, drawn at temperature 1 | greedily |",
             "|---|---|---|---|---|",
-            f"| teacher | | | | {100 * result['teacher']:.1f} % |",
-            f"| common student, before | | | | {100 * result['start']:.1f} % |",
+            f"| teacher | | | {shares([result['teacher']])} |",
+            f"| common student, before | | | {shares([result['start']])} |",
             *(row(method, entries) for method, entries in result["runs"].items()),
             "",
             f"Mean ± standard deviation over seeds {seeds}; {where['cpu']}, {where['cores']} cores.",
