@@ -110,6 +110,17 @@ def test_where_loss_rows_are_equal_teachers_read_as_many_tokens():
     assert host.batch.mask.sum() == 6 and tokens == [31, 32]
 
 
+def test_shards_get_as_many_tokens_to_read_as_rows_to_learn_from():
+    """whatever the length of prompts and answers: neither teachers nor heads wait for one shard"""
+    rng = np.random.default_rng(0)
+    sizes = zip(rng.integers(1, 4000, 32), rng.integers(1, 200, 32), strict=True)
+    rows = [[document([1] * (prompt + answer), [0] * prompt + [1] * answer)] for prompt, answer in sizes]
+    host = collate(rows, batch=32, seq_len=4200, shards=4)
+    for size in (lambda d: len(d), lambda d: len(d.labels)):
+        each = [sum(size(p.document) for p in host.documents if p.shard == g) for g in range(4)]
+        assert max(each) < 1.08 * np.mean(each)
+
+
 def test_loss_rows_take_few_static_sizes():
     sizes = {bucket(n, 1000) for n in range(1001)}
     assert len(sizes) == 8 and max(sizes) == 1000

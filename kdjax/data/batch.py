@@ -234,16 +234,20 @@ def collate(
 
 
 def _deal(sizes: Sequence[tuple[int, int]], groups: int, room: int) -> list[list[int]]:
-    """Indices of ``sizes`` in ``groups`` lists of at most ``room``: largest first, each to the smallest list.
+    """Indices of ``sizes`` in ``groups`` lists of at most ``room``: largest first, each to where it weighs least.
 
-    Sizes are loss rows, and the tokens that a teacher reads, which decide where the former are equal.
+    Sizes are loss rows, which the student's head works on, and the tokens that the teacher reads. Each counts as a
+    share of all there are, and a list is as full as the larger of its two shares.
     """
     dealt: list[list[int]] = [[] for _ in range(groups)]
-    totals = [(0, 0)] * groups
-    for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
-        g = min((g for g in range(groups) if len(dealt[g]) < room), key=lambda g: (totals[g], len(dealt[g])))
+    totals = np.zeros((groups, 2))
+    shares = np.asarray(sizes, float).reshape(-1, 2)
+    shares /= np.maximum(shares.sum(0), 1)
+    for i in sorted(range(len(sizes)), key=lambda i: (shares[i].max(), shares[i].sum()), reverse=True):
+        full = (totals + shares[i]).max(1)
+        g = min((g for g in range(groups) if len(dealt[g]) < room), key=lambda g: (full[g], len(dealt[g])))
         dealt[g].append(i)
-        totals[g] = totals[g][0] + sizes[i][0], totals[g][1] + sizes[i][1]
+        totals[g] += shares[i]
     return dealt
 
 
