@@ -6,6 +6,7 @@ import json
 import random
 
 import jax
+import numpy as np
 import pytest
 from data_tools import ROOT
 from flax import nnx
@@ -64,6 +65,30 @@ def test_a_slip_is_mended_on_the_next_line(make):
             assert line in clean or line.partition("=")[0] == following.partition("=")[0]
         wrong, lines = wrong + len(slipped) - len(clean), lines + len(slipped) - 1
     assert wrong / lines == pytest.approx(make.SLIPS, rel=0.2)
+
+
+def test_the_teacher_mends_a_slip(make):
+    """behind a wrong result it begins the same addition again, and does not go on with what is wrong"""
+    model, tokenizer = load_model(FOLDER / "teacher"), load_tokenizer(FOLDER / "teacher")
+    slips, length, mended = random.Random(1), 128, []
+
+    @nnx.jit
+    def log_likelihoods(model, tokens):
+        logs = jax.nn.log_softmax(model.logits(model(tokens)[:, :-1]))
+        return jax.numpy.take_along_axis(logs, tokens[:, 1:, None], axis=-1)[..., 0]
+
+    for numbers in itertools.islice(make.problems(1), 60):
+        prompt, lines = "+".join(map(str, numbers)), make.solve(numbers).splitlines()
+        at = slips.randrange(len(lines) - 2)
+        left, result = lines[at].split("=")
+        wrong = make.wrong(int(result), slips)
+        before = f"<|user|>{prompt}<|end|><|assistant|>" + "\n".join([*lines[:at], f"{left}={wrong}", ""])
+        asked = before, f"{before}{left}=", f"{before}{wrong}+{numbers[at + 2]}="
+        begun, *ways = (tokenizer(text)["input_ids"] for text in asked)
+        found = log_likelihoods(model, np.array([way + [0] * (length - len(way)) for way in ways]))
+        again, on = (found[i, len(begun) - 1 : len(way) - 1].sum() for i, way in enumerate(ways))
+        mended.append(bool(again > on))
+    assert np.mean(mended) > 0.9
 
 
 def test_a_character_is_a_token():

@@ -1,7 +1,7 @@
 """make the arithmetic task: sums of four to seven numbers, worked out one addition at a time, and their tokenizer.
 
     python examples/arithmetic/make.py                    # rewrites train.jsonl, eval.jsonl and tokenizer/ beside it
-    python examples/arithmetic/make.py --teacher 60000    # and runs/arithmetic/teacher.jsonl, to train the teacher on
+    python examples/arithmetic/make.py --teacher 120000    # and runs/arithmetic/teacher.jsonl, to train the teacher on
 
     prompt    17+28+6+30
     response  17+28=45
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 TEACHER_ROWS = HERE.parent.parent / "runs" / "arithmetic" / "teacher.jsonl"
-SLIPS = 0.05  # share of the teacher's lines that go wrong
+SLIPS = 0.1  # share of the teacher's lines that go wrong
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 SPECIALS = [PAD, UNKNOWN, END, "<|system|>", "<|user|>", "<|assistant|>"]
