@@ -70,7 +70,7 @@ def environment() -> Path:
     if not (FOLDER / "venv" / "ready").exists():
         venv.create(FOLDER / "venv", with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-r", str(ROOT / "requirements" / "cpu-torch.txt")], check=True)
+        subprocess.run([*pip, "--no-deps", "-r", str(ROOT / "requirements" / "cpu-torch.txt")], check=True)
         subprocess.run([*pip, *PACKAGES], check=True)
         (FOLDER / "venv" / "ready").touch()
     return python

@@ -38,7 +38,8 @@ def leave_room(config: Config) -> None:
     teacher, rollout = config.teacher, config.rollout
     if teacher.path is None or any(os.environ.get(name) for name in JAX_SHARE):
         return
-    shares = [teacher.mem_fraction] + [rollout.mem_fraction] * bool(config.distill.on_policy_fraction)
+    own = config.distill.on_policy_fraction and rollout.engines  # with none the student has the teacher's
+    shares = [teacher.mem_fraction, *([rollout.mem_fraction] if own else [])]
     engines = max(shares) if config.colocate else sum(shares)
     os.environ[JAX_SHARE[0]] = f"{max(LEAST_SHARE, 1 - OTHERS_SHARE - engines):.2f}"
 

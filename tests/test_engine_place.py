@@ -32,6 +32,16 @@ def test_engines_run_where_the_driver_answers_and_jax_may_go(monkeypatch, driver
         ({"teacher": {"path": "t", "mem_fraction": 0.2}, "rollout": {"mem_fraction": 0.3}}, {}, "0.70"),
         ({"teacher": {"path": "t", "mem_fraction": 0.2}, "distill": {"on_policy_fraction": 1.0}}, {}, "0.30"),
         ({"teacher": {"path": "t"}, "distill": {"on_policy_fraction": 1.0}, "colocate": True}, {}, "0.50"),
+        (
+            {
+                "student": {"path": "t"},
+                "teacher": {"path": "t", "update_every": 1},
+                "distill": {"on_policy_fraction": 1.0},
+                "rollout": {"engines": 0},
+            },
+            {},
+            "0.50",
+        ),
         ({"teacher": {"path": "t", "mem_fraction": 0.9}}, {}, "0.10"),
         ({"teacher": {"path": "t"}}, {"XLA_CLIENT_MEM_FRACTION": "0.8"}, None),
         ({"teacher": {"path": "t"}}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.8"}, "0.8"),

@@ -76,6 +76,7 @@ def test_a_case_that_fails_fails_the_command(monkeypatch, tmp_path, found, code)
     assert json.loads(out.read_text())["pool"] == found
 
 
+@pytest.mark.parametrize("divergence", ["kl", "jsd"])
 @pytest.mark.parametrize(
     ("values", "gradients", "said"),
     [
@@ -85,7 +86,7 @@ def test_a_case_that_fails_fails_the_command(monkeypatch, tmp_path, found, code)
         (1.0, 1.03, "hidden"),
     ],
 )
-def test_a_fused_loss_that_is_another(monkeypatch, values, gradients, said):
+def test_a_fused_loss_that_is_another(monkeypatch, values, gradients, said, divergence):
     rng = np.random.default_rng(0)
     arrays = tuple(
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((300, 8), (8, 50), (300, 8), (8, 50))
@@ -99,10 +100,30 @@ def test_a_fused_loss_that_is_another(monkeypatch, values, gradients, said):
         return run
 
     monkeypatch.setattr(loss, "fused", another)
-    with nullcontext() if said is None else pytest.raises(ArithmeticError, match=f"fused kl .* apart: {said}"):
-        gaps = loss.checked(arrays, "kl")
+    with (
+        nullcontext() if said is None else pytest.raises(ArithmeticError, match=f"fused {divergence} .* apart: {said}")
+    ):
+        gaps = loss.checked(arrays, divergence)
         assert gaps["value"] == pytest.approx(values - 1, rel=0.02)
         assert gaps["head"] == pytest.approx(gradients - 1, rel=0.1)
+
+
+def test_ligers_loss_is_left_out_where_it_is_not_installed(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(gpu, "run", lambda section, case, *_: asked.append(case) or {})
+    monkeypatch.setattr(gpu, "_gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["gpu", "--sections", "loss", "--out", str(out)])
+    assert gpu.main() == 0 and asked == ["kl", "jsd"]
+    assert json.loads(out.read_text())["loss"]["liger"] == {"left_out": "liger-kernel is not installed"}
+
+
+def test_every_case_has_a_time_limit():
+    limits = {(section, case): seconds for section, case, seconds in gpu.JOBS}
+    assert {case for section, case in limits if section == "runs"} == set(runs.CASES)
+    assert {case for section, case in limits if section == "loss"} == set(loss.CHUNKS)
+    assert len(limits) == len(gpu.JOBS)
 
 
 @pytest.mark.parametrize("case", runs.CASES)

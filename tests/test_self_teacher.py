@@ -128,11 +128,16 @@ def records(folder):
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
+BFLOAT16 = {"path": "t", "init": "pretrained", "param_dtype": "bfloat16"}
+AVERAGE = {"update_every": 1, "ema_decay": 0.9}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"student": {"path": "other"}}, "makes the teacher an earlier self"),
         ({"teacher": {"path": "t", "ema_decay": 0.9}}, "set teacher.update_every"),
+        ({"student": BFLOAT16, "teacher": {"path": "t", **AVERAGE}}, "set student.param_dtype=float32"),
     ],
 )
 def test_what_is_no_earlier_self_is_refused(values, changes, message):

@@ -8,7 +8,7 @@
 # pydantic-core, annotated-types, typing-inspection, platformdirs and liger-kernel are few MB, and rare.
 # Versions are those of requirements/gpu-constraints.txt; wheels are for Linux on x86_64.
 set -euo pipefail
-out=${1:?usage: benchmarks/gpu/pack.sh FOLDER [VERSION]}
+out=${1:?usage: benchmarks/gpu/pack.sh FOLDER [VERSION [PACKAGE…]]}
 version=${2:-3.12}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 

@@ -1,6 +1,6 @@
 """Whole runs with SGLang on the same GPU, at Qwen3's shapes with random weights, and what their metrics say.
 
-off-policy   the teacher beside the student, overlapped or in turns with it: prefill, transfer, step, their sum
+off-policy   the teacher beside the student, overlapped or in turns with it: prefill, transfer, step
 on-policy    the student writes, learns, and its weights go to its engine
 colocated    teacher and trainer hold the GPU in turn: the engine sleeps while the student trains, and AdamW's moments
              wait in host memory

@@ -299,7 +299,7 @@ class CheckpointConfig:
 @group
 class LogConfig:
     every: int = Field(10, ge=1)
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics; numbers of rollouts are recorded at every step."""
     profile: int = Field(0, ge=0)
     """Write a trace of so many steps to the output folder's `profile`, after a few that warm up."""
     tensorboard: bool = True

@@ -171,10 +171,10 @@ def collate(
 ) -> HostBatch:
     """Lay out at most ``accumulate * batch`` rows, each a list of documents, as one HostBatch.
 
-    Rows are dealt to micro-batches and data shards so that each gets nearly the same number of loss rows: N is the
-    largest of them, raised to a static size (``bucket``, with the ``known`` ones). Missing rows are padding. The batch
-    gets these ``extras`` of the documents, 0 where a document has none. Not ``packed``, a row is one document at most,
-    and the batch has no segments.
+    Rows are dealt to micro-batches and data shards so that each gets nearly as many loss rows, and tokens for a teacher
+    to read. N is the largest number of loss rows, raised to a static size (``bucket``, with the ``known`` ones).
+    Missing rows are padding. The batch gets these ``extras`` of the documents, 0 where a document has none. Not
+    ``packed``, a row is one document at most, and the batch has no segments.
     """
     if batch % shards:
         raise ValueError(f"{batch} rows do not divide over {shards} data shards")

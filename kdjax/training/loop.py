@@ -206,8 +206,8 @@ class _Run:
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
             self.profiler.done(number)
             self._refuse_nonsense(number, values, batch)
-            self._refuse_strangers(number, values)
             self.run_folder.keep()
+            self._refuse_strangers(number, values)
             values |= batch.host.report
             for line in batch.host.notes:
                 display.line(line)
@@ -273,7 +273,7 @@ class _Run:
         what, places = blame(self.step, batch)
         where = f"; it comes from {', '.join(places)}" if places else "; no document fails by itself"
         mend = "look at the teacher" if "teacher" in what else "lower train.learning_rate, or look at those rows"
-        self.stream.set_aside_rollouts(number)
+        self.stream.close_refusing(number)
         raise UserError(
             f"step {number}: {what} not finite (loss {values['loss']}, gradient norm {values['grad_norm']}){where}; "
             f"{self.checkpoints.newest()}; {mend}"
@@ -293,7 +293,7 @@ class _Run:
         if self.stream.students is None:
             return
         if rollout.max_k3 is not None and not values["rollout/k3"] <= rollout.max_k3:
-            self.stream.set_aside_rollouts(number)
+            self.stream.close_refusing(number)
             raise UserError(
                 f"step {number}: trainer and rollout engine disagree about the sampled tokens, k3 = "
                 f"{values['rollout/k3']:.3g} nats a token (rollout.max_k3={rollout.max_k3}). Either the engine's "

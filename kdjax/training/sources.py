@@ -185,8 +185,6 @@ class Stream:
         """Let engines that follow the student take its weights from ``step``: those that write its responses, and a
         teacher that is its earlier self. Where there are such, this is needed before the first batch."""
         config, self._step = self.config, step
-        if engine_device() == "cuda":  # SGLang sizes its cache by what is free as it starts: one after the other
-            self.wait_ready()
         if config.colocate:
             self.turns = Turns({"student": config.rollout.resident, "teacher": config.teacher.resident})
             if "parameters" in config.train.offload:
@@ -194,6 +192,8 @@ class Stream:
             self.wait_ready()
             self.turns.join("teacher", [self.engine.remote])
         if isinstance(self.data, RolloutStream):
+            if engine_device() == "cuda":  # SGLang sizes its cache by what is free as it starts: one after the other
+                self.wait_ready()
             known = valid_ids(self.tokenizer, self._student_ids)
             known[self._shape["vocab_size"] :] = False  # the teacher could not read them
             end = self.tokenizer.eos_token_id
@@ -326,9 +326,10 @@ class Stream:
             self.self_teacher.send()
         self.turns.enter("prefill")
 
-    def set_aside_rollouts(self, number: int) -> None:
-        """Make no more batches, and read nothing back that was written for step ``number`` or a later one."""
+    def close_refusing(self, number: int) -> None:
+        """Close; what was written for step ``number`` and later ones is not read back when the run goes on."""
         self.close()
+        self._join()
         if isinstance(self.data, RolloutStream):
             self.data.set_aside(number)
 
@@ -350,8 +351,12 @@ class Stream:
         """No batch is wanted any more, and the step is about to be saved, which nobody may be moving then."""
         if "parameters" in self.config.train.offload:
             self._kill_engines()
-            for thread in filter(None, (self._sender, self._worker)):
-                thread.join()
+            self._join()
+
+    def _join(self) -> None:
+        """Wait until no thread makes or sends anything; its engines must have ended."""
+        for thread in filter(None, (self._sender, self._worker)):
+            thread.join()
 
     def _kill_engines(self) -> None:
         if self.engine is not None:
