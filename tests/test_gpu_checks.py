@@ -168,5 +168,6 @@ def test_attention_that_is_another(monkeypatch, causal):
     monkeypatch.setattr(step, "shape", lambda size, toy: shape(size, True))
     with nullcontext() if causal else pytest.raises(ArithmeticError, match="attention by cuDNN is not XLA's"):
         found = step.kernels(False)
+        assert 0 < found["relative_gap_of_rows"] < 0.02
         error, usual = found["rows_from_float32"]
         assert 0 < error != usual < 0.02 and found["relative_gap"] < 1e-3

@@ -30,9 +30,8 @@ from kdjax.training.student import make_student
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets
 SECONDS = 1.5  # of steps in a round
-LOSS_AGREES = 2e-3  # relative, of a mean over tokens
-ROWS_AGREE = 1.5  # times the distance of XLA's own hidden rows in bfloat16 from those in float32,
-USUAL = 0.1  # which is at most this, relative, in norm
+LOSS_AGREES, ROWS_AGREE = 2e-3, 5e-2  # relative: of a mean over tokens, and of the hidden rows in norm
+OF_USUAL = 1.5  # times the distance of XLA's own hidden rows in bfloat16 from those in float32
 
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
@@ -94,13 +93,20 @@ def kernels(toy: bool) -> dict[str, Any]:
         through("xla", "float32"),
     )
     of_loss = float(abs(loss - expected) / expected)
+    of_rows = float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
     error, usual = (float(jnp.linalg.norm(rows - exact) / jnp.linalg.norm(exact)) for rows in (ours, theirs))
-    if not (of_loss <= LOSS_AGREES and error <= ROWS_AGREE * usual <= ROWS_AGREE * USUAL):
+    if not (of_loss <= LOSS_AGREES and of_rows <= ROWS_AGREE and error <= OF_USUAL * usual):
         raise ArithmeticError(
-            f"attention by cuDNN is not XLA's: loss {loss} and {expected}, rows {error:.1e} from float32's, "
-            f"XLA's {usual:.1e}"
+            f"attention by cuDNN is not XLA's: loss {loss} and {expected}, rows {of_rows:.1e} apart, "
+            f"{error:.1e} from float32's where XLA's are {usual:.1e}"
         )
-    return {"length": length, "loss": float(loss), "relative_gap": of_loss, "rows_from_float32": [error, usual]}
+    return {
+        "length": length,
+        "loss": float(loss),
+        "relative_gap": of_loss,
+        "relative_gap_of_rows": of_rows,
+        "rows_from_float32": [error, usual],
+    }
 
 
 def make(size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[str, ...] = ()) -> Step:
