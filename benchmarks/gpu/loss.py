@@ -22,11 +22,8 @@ from kdjax.losses import linear_divergence
 PRODUCTS = {"logits": "nd,dv->nv", "hidden gradient": "nv,dv->nd", "head gradient": "nd,nv->dv"}
 DEFAULT = "chunks as chosen"
 CHECKED, VALUES_AGREE, GRADIENTS_AGREE = 256, 2e-3, 2e-2  # rows, relative; a gradient is written in bf16
-CHUNKS = {
-    "kl": (None, 512, 2048, 4096),
-    "jsd": (None, 2048),
-    "liger": (None,),
-}  # rows; None: the library's choice
+# Rows of a chunk by case; None: the library's choice.
+CHUNKS = {"kl": (None, 512, 2048, 4096), "jsd": (None, 2048), "liger": (None,)}
 
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
