@@ -24,7 +24,7 @@ from kdjax.config import load_config, to_dict
 RESULT = ROOT / "benchmarks" / "results" / "few_rows.json"
 PAGE = ROOT / "README.md"
 MARK = "<!-- few rows table: python -m benchmarks.few_rows -->"
-ROWS, STEPS, EVERY = 750, 2_400, 150
+ROWS, STEPS, EVERY = 250, 1_600, 100
 METHODS: dict[str, tuple[str, ...]] = {"kd_few": (), "sft_few": SFT}
 
 

@@ -113,3 +113,16 @@ def test_the_students_sampling_is_as_configured_and_never_padding_in_the_teacher
     engines = StudentEngines(config, step, tmp_path, tell=print, banned_ids=[7, 9], shared=shared)
     engines.generate([np.array([1], np.int32)], [3])
     assert asked == [Sampling(**cut, stop_ids=(4,), banned_ids=(7, 9), seeds=(3,))]
+
+
+def test_words_of_an_engine_that_was_started_again_before_its_weights_came_do_not_count(student, tmp_path):
+    """as when the thread that sends weights finds it dead, between another's look at it and its question"""
+    values = {"teacher": {"path": "t", "update_every": 1}, "student": {"path": "t"}, "data": DATA}
+    values |= {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": {"engines": 0}}
+    said = [[SimpleNamespace(version=0)], [SimpleNamespace(version=5)]]
+    shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(5), pid=1)
+    shared.generate = lambda prompts, sampling: said.pop(0)
+    engines = StudentEngines(from_dict(values), SimpleNamespace(model=None), tmp_path, tell=print, shared=shared)
+    engines.version = 5
+    (completion,) = engines.generate([np.array([1], np.int32)], [3])
+    assert completion.version == 5 and not said

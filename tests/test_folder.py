@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from run_tools import contents
 
+from bridge.errors import EngineError
 from kdjax.config import from_dict, to_yaml
 from kdjax.errors import UserError
 from kdjax.training.checkpoint import _FREE
@@ -60,6 +61,15 @@ def test_a_failed_start_gives_everything_back(run):
     after = contents(run)
     assert after.pop("generated.report.json") == b"by somebody else, meanwhile"
     assert after == before
+
+
+def test_the_logs_that_an_engines_error_names_stay(tmp_path):
+    logs = {"engine.log", "student0.log"}
+    with pytest.raises(EngineError), RunFolder(config(tmp_path / "new")):
+        for name in (*logs, "metrics.jsonl"):
+            (tmp_path / "new" / name).write_text("died")
+        raise EngineError("last lines of student0.log")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == logs
 
 
 def test_what_a_killed_run_left_goes_and_what_is_not_its_own_stays(run):

@@ -133,6 +133,13 @@ def test_a_reward_must_be_a_finite_number(value):
     assert score(broken(True), prompt({}), "") == 1.0
 
 
+def test_a_reward_that_fails_names_the_row(tmp_path):
+    """and ends the run in order, with what it has learnt"""
+    (tmp_path / "mine.py").write_text("def mine(prompt, response, row):\n    return row['mark']\n")
+    with pytest.raises(UserError, match="reward 'mine' failed on rows:1: KeyError: 'mark'"):
+        score(find_reward(f"{tmp_path}/mine.py:mine"), prompt({}), "")
+
+
 def broken(value):
     def broken(prompt, response, row):
         return value

@@ -10,6 +10,7 @@ from bridge.engine import Completion
 from kdjax.config import SourceConfig, from_dict
 from kdjax.data import EndlessPrompts, Fault, Prompt, collate
 from kdjax.errors import UserError
+from kdjax.rollouts import stream as rollouts
 from kdjax.rollouts.log import Rollout, describe, distinct
 from kdjax.rollouts.responses import advantages_of, rollout_document
 from kdjax.rollouts.stream import RolloutStream
@@ -269,6 +270,26 @@ def test_rollouts_finished_before_a_kill_are_read_back(tmp_path):
     assert other.engines.asked
 
 
+def test_what_is_read_back_waits_for_its_weights_too(tmp_path):
+    """else an engine that is teacher and student in turn would get the student's while it reads for the teacher"""
+    for _ in range(2):
+        made, waited = source(tmp_path, rollout={"max_staleness": 1}), []
+        made.engines.wait_for = waited.append
+        for _ in range(3):
+            next(made)
+        assert waited == [-1, 0, 1]
+    assert made.engines.asked == []
+
+
+def test_a_response_may_hold_any_separator_of_lines(tmp_path, monkeypatch):
+    said = "a\u2028b\u2029c\x85d\x0ce\r\nf"
+    monkeypatch.setattr(rollouts, "response_text", lambda *_: said)
+    first = next(source(tmp_path))
+    second = source(tmp_path)
+    assert responses(next(second)) == responses(first) and second.engines.asked == []
+    assert {rollout.text for rollout in second._log.read(1)} == {said}
+
+
 def test_a_file_that_is_damaged_or_of_other_prompts_is_named(tmp_path):
     next(source(tmp_path))
     file = tmp_path / "run" / "rollouts" / "step_000001.jsonl"
@@ -363,6 +384,19 @@ def test_what_does_not_fit_a_step_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"8 prompt\(s\) with 1 response.* do not fit a step of 2 rows of 64 tokens"):
         next(source(tmp_path, rollout={"prompts": 8, "max_new_tokens": 40}))
     assert len(next(source(tmp_path, rollout={"prompts": 2, "n_samples": 2, "max_new_tokens": 8})).documents) == 4
+
+
+def test_a_later_step_of_long_prompts_takes_the_fewer_that_fit(tmp_path):
+    """its first step shows that the configuration makes sense; after hours nobody wants to change it"""
+    words = (1, 1, 1, 18, 18, 18)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": "say " * count}) for count in words))
+    made = source(tmp_path, data={"shuffle": False}, rollout={"prompts": 3, "max_new_tokens": 16})
+    assert len(next(made).documents) == 3
+    host = next(made)
+    assert len(host.documents) == 2
+    assert any("step 2: 2 of rollout.prompts=3: more" in note for note in host.notes)
+    comes = {name.rpartition(":")[2] for name, _ in responses(host) | responses(next(made))}
+    assert {"4", "5", "6"} <= comes  # the one that did not fit comes next
 
 
 CUT, EMPTY, WHOLE = completion([10, 11], "length"), completion([END]), completion([10, END])

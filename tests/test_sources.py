@@ -11,8 +11,13 @@ import pytest
 from run_tools import wait_until
 
 from bridge.hidden_pool import HiddenPool
+from kdjax.algorithms import make_algorithm
 from kdjax.config import from_dict
+from kdjax.errors import UserError
+from kdjax.training.optimizer import make_optimizer
 from kdjax.training.sources import Stream
+from kdjax.training.step import make_step
+from kdjax.training.student import make_student
 from kdjax.training.teacher import TeacherEngine
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
@@ -78,6 +83,21 @@ def test_the_teacher_is_ahead_of_the_student_by_what_is_asked(run_values, local_
         time.sleep(0.2)
         assert engine.calls.count("prefill") == 1 + lookahead
         batch.release_after(jnp.zeros(()))
+
+
+def test_a_batch_that_waits_for_a_step_nobody_makes_is_refused(on_policy_values, local_engines, tmp_path):
+    on_policy_values["rollout"] |= {"max_staleness": 1}
+    config = from_dict(on_policy_values)
+    with Stream(config, log=tmp_path / "engine.log") as stream:
+        model = make_student(config, stream.mesh)
+        algorithm = make_algorithm(config, model, stream.teachers)
+        step = make_step(model, algorithm, make_optimizer(config.train, 4), stream.mesh)
+        stream.attach(step)
+        first, second = next(stream), next(stream)  # the second may be written with the weights before the first's step
+        with pytest.raises(UserError, match="batch 3 needs the weights of step 1, and step 0 is the last.*call the st"):
+            next(stream)
+        step(first), step(second)
+        assert next(stream).host.documents
 
 
 class Number:

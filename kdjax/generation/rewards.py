@@ -34,18 +34,23 @@ def find_reward(name: str) -> Reward:
 
 
 def score(reward: Reward, prompt: Prompt, response: str) -> float:
-    """``reward``'s value of a response, as a finite float. Raises UserError when it returns anything else.
+    """``reward``'s value of a response, as a finite float. Raises UserError when it returns or raises anything else.
 
     The one place where rewards are called: whoever asks, they see the prompt's last message, the response without its
     end token, and the row.
     """
-    value = reward(prompt.text, response, with_answer(prompt))
+    name = getattr(reward, "__name__", str(reward))
+    try:
+        value = reward(prompt.text, response, with_answer(prompt))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function may raise: the run ends in order, with what it has learnt
+        raise UserError(f"reward {name!r} failed on {prompt.source}: {type(error).__name__}: {error}") from error
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        name = getattr(reward, "__name__", str(reward))
         raise UserError(f"reward {name!r} returned {value!r}; it must return a finite number for every answer")
     return number
 

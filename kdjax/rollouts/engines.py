@@ -169,12 +169,17 @@ class StudentEngines:
         )
 
         def write(engine: RemoteEngine) -> list[Completion]:
-            with self._turn:  # while weights are under way it holds none either
-                if engine.holds is None:  # it was started again
-                    self.turns.enter("sync")
-                    self._send(engine)
-                    self.turns.enter("generate")
-            return engine.generate(prompts, sampling)
+            while True:
+                with self._turn:  # while weights are under way it holds none either
+                    if engine.holds is None:  # it was started again
+                        self.turns.enter("sync")
+                        self._send(engine)
+                        self.turns.enter("generate")
+                    least = self.version
+                completions = engine.generate(prompts, sampling)
+                # Else the thread that sends weights has found it dead meanwhile and started it, with none sent yet.
+                if all(completion.version >= least for completion in completions):
+                    return completions
 
         return revived.ask(write)
 

@@ -68,7 +68,8 @@ class RolloutLog:
         if not path.exists():
             return None
         try:
-            head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            with path.open(encoding="utf-8") as file:  # a line ends at \n alone: responses may hold other separators
+                head, *lines = map(json.loads, file)
             return [Rollout(**line) for line in lines] if head["run"] == self._run else None
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: not a file of rollouts ({error}); delete it, and they are drawn again") from None

@@ -93,10 +93,14 @@ class SelfTeacher:
         self.turns.enter("renew")
         send(engine, self.model, version=self.version, whose="teacher", label=label, bucket_bytes=self._bucket_bytes)
 
+    def needed(self, number: int) -> int:
+        """The step whose weights teach step ``number``."""
+        return self._due(number - 1)
+
     def wait_for(self, number: int) -> None:
         """Until the weights of step ``number``'s teacher are there. Raises EngineError once this is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._ready >= self._due(number - 1))
+            self._changed.wait_for(lambda: self._closed or self._ready >= self.needed(number))
         if self._closed:
             raise EngineError("the teacher is closed")
 

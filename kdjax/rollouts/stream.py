@@ -86,8 +86,10 @@ class RolloutStream(Iterator[HostBatch]):
         left_out = self._left_out()
         asked = self._ask()
         rollouts, seconds = self._log.read(number), {}
+        # For responses that stand on the disk already too: an engine that is teacher and student in turn must not be
+        # given the student's weights while it is the teacher.
+        self.engines.wait_for(done - self._rollout.max_staleness)
         if rollouts is None:
-            self.engines.wait_for(done - self._rollout.max_staleness)
             start, waited = time.perf_counter(), self.waits.seconds()
             rollouts = self._draw(asked)
             whole, waited = time.perf_counter() - start, self.waits.seconds() - waited
@@ -189,7 +191,8 @@ class RolloutStream(Iterator[HostBatch]):
                     raise UserError(self._why_nothing())
             self._next += 1
         wanted = self._rollout.prompts or 1
-        if len(asked) < wanted:
+        # Of a run that is on its way, a step of long prompts takes the fewer that fit.
+        if len(asked) < (1 if self._number else wanted):
             raise UserError(
                 f"{wanted} prompt(s) with {self._rollout.n_samples} response(s) of up to "
                 f"{self._rollout.max_new_tokens} tokens do not fit a step of {len(room)} rows of {self._seq_len} "
@@ -313,6 +316,11 @@ class RolloutStream(Iterator[HostBatch]):
                 yield f"step {number}: the first {what}, left out; {name} counts them"
 
     def _notes(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> Iterator[str]:
+        if len(asked) < (self._rollout.prompts or 1):
+            yield (
+                f"step {number}: {len(asked)} of rollout.prompts={self._rollout.prompts}: more, with responses of up "
+                f"to {self._rollout.max_new_tokens} tokens, are not sure to fit its rows"
+            )
         where = f"step {number}: all {len(rollouts)} responses"
         cut, empty = sum(r.finish_reason == "length" for r in rollouts), sum(map(is_empty, rollouts))
         if rollouts and cut == len(rollouts):

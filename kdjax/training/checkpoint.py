@@ -24,11 +24,11 @@ _FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "genera
     f"{group}.{key}"
     for group, keys in {
         "train": "eval_every eval_rows eval_functions offload compilation_cache",
-        "data": "workers",
+        "data": "workers on_bad_row",
         "teacher": "engine tp pp dp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
         "resident",
         "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout restarts resident "
-        "show_every max_k3",
+        "show_every max_k3 on_long_prompt",
     }.items()
     for key in keys.split()
 }

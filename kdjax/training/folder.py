@@ -20,6 +20,7 @@ from kdjax.models import recover_exports
 from kdjax.training.checkpoint import refuse_other_config
 
 LOCK, LOG, KNOWN, DONE = ".lock", "engine.log", "config.yaml", "result.json"
+STUDENT_LOGS = "student[0-9]*.log"
 # All that a run writes, as docs/concepts.md tells it. What else is in the folder is not the run's to remove: answers
 # that another command wrote there by default, or a person's own files.
 WRITTEN = (
@@ -37,7 +38,7 @@ WRITTEN = (
         "figures",
     ),
     *("checkpoints", "best", "export", "export.log", "export_teacher", "damaged", "profile"),
-    *("rollouts", "student", "student[0-9]*.log"),
+    *("rollouts", "student", STUDENT_LOGS),
 )
 # An earlier run: on its way aside or back, wholly aside, and no longer wanted.
 _MOVING, _ASIDE, _TRASH = ".replaced.part", ".replaced", ".discarded"
@@ -91,11 +92,12 @@ class RunFolder:
         write_whole(self.path / DONE, json.dumps(result, indent=2) + "\n")
 
     def close(self, keep_log: bool = False) -> None:
-        """Unlock the folder; if the run was only tried, put it back, all but the engine's log if that is wanted."""
+        """Unlock the folder; if the run was only tried, put it back, all but the engines' logs if that is wanted."""
         if self._file is None:
             return
         if not self._kept and self._before is not None:
-            self._put_back({*self._before, LOCK, *([LOG] if keep_log else [])})
+            logs = [LOG, *(path.name for path in self.path.glob(STUDENT_LOGS))] if keep_log else []
+            self._put_back({*self._before, LOCK, *logs})
             if self._known is not None:
                 write_whole(self.path / KNOWN, self._known)
         if not self._kept and self._new_lock:

@@ -91,6 +91,7 @@ class Stream:
         self._sender: Ahead[bool] | None = None
         self._begun = False  # whether batches are being made
         self._taken: DeviceBatch | None = None
+        self._given = 0  # batches, those of an earlier life of the run included
         self._step: Step | None = None
         self.turns, self._waits = Turns(), Waits()
         self.self_teacher: SelfTeacher | None = None
@@ -156,12 +157,14 @@ class Stream:
         if self._worker is None:
             if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
-            self._produced, self._begun = 0 if self._step is None else self._step.number, True
+            self._produced = self._given = 0 if self._step is None else self._step.number
+            self._begun = True
             self._worker = Ahead(self._produce, self._lookahead)
             self._exit.callback(self._worker.stop)
             if self.students is not None:
                 self._sender = Ahead(self._send, 0)
                 self._exit.callback(self._sender.stop)
+        self._refuse_haste()
         self._look_back()
         with self._waits.waiting():
             synced = self._follow(give_up)
@@ -178,7 +181,7 @@ class Stream:
         batch = DeviceBatch(arrays, host, seconds | {"transfer": time.perf_counter() - start})
         if lease is not None:
             batch.release_after = lambda array: self.engine.release_after(array, lease)
-        self._taken = batch
+        self._taken, self._given = batch, self._given + 1
         return batch
 
     def attach(self, step: Step) -> None:
@@ -238,6 +241,21 @@ class Stream:
             return None
         follows = self.self_teacher is not None or self.students is not None
         return {"sync": time.perf_counter() - start} if follows else {}
+
+    def _refuse_haste(self) -> None:
+        """Refuse a batch that is to be made with weights of a step that was never called: it would not come."""
+        if self._step is None:
+            return
+        needed, number = 0, self._given + 1
+        if self.students is not None:
+            needed = self._given - self.config.rollout.max_staleness
+        if self.self_teacher is not None:
+            needed = max(needed, self.self_teacher.needed(number))
+        if needed > self._step.number:
+            raise UserError(
+                f"batch {number} needs the weights of step {needed}, and step {self._step.number} is the last that "
+                f"was made: call the step with each batch before taking the next"
+            )
 
     def _look_back(self) -> None:
         """See what the last step found of its responses, and where devices are shared wait until it is done."""
