@@ -1,6 +1,8 @@
 """Does `make gpu` fail where what it measures is wrong? Nothing of it is run here: only what judges."""
 
 import json
+import os
+import sys
 from contextlib import nullcontext
 
 import jax
@@ -108,15 +110,35 @@ def test_a_fused_loss_that_is_another(monkeypatch, values, gradients, said, dive
         assert gaps["head"] == pytest.approx(gradients - 1, rel=0.1)
 
 
-def test_ligers_loss_is_left_out_where_it_is_not_installed(monkeypatch, tmp_path):
+def test_what_needs_a_package_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(gpu, "run", lambda section, case, *_: asked.append(case) or {})
     monkeypatch.setattr(gpu, "_gpu_name", lambda: "a GPU")
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "found.json"
-    monkeypatch.setattr("sys.argv", ["gpu", "--sections", "loss", "--out", str(out)])
-    assert gpu.main() == 0 and asked == ["kl", "jsd"]
-    assert json.loads(out.read_text())["loss"]["liger"] == {"left_out": "liger-kernel is not installed"}
+    monkeypatch.setattr("sys.argv", ["gpu", "--sections", "loss", "sharing", "--out", str(out)])
+    assert gpu.main() == 0 and asked == ["kl", "jsd", "parameters", "allocators"]
+    found = json.loads(out.read_text())
+    assert found["loss"]["liger"] == {"left_out": "liger-kernel is not installed"}
+    assert "torch_memory_saver" in found["sharing"]["engine"]["left_out"]
+    assert {need for need in gpu.NEEDS} <= {(section, case) for section, case, _ in gpu.JOBS}
+
+
+def test_a_case_that_is_stopped_leaves_what_it_had_written(monkeypatch, tmp_path):
+    old, late = tmp_path / "old.log", "import sys, time; sys.stdout.write('begun'); sys.stdout.flush(); time.sleep(60)"
+    old.write_text("an earlier case")
+    os.utime(old, (1, 1))
+    start = gpu.subprocess.Popen
+
+    def case(command, **more):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "engine.log").write_text("loading weights")
+        return start([sys.executable, "-c", late], **more)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", case)
+    failed = gpu.run("runs", "on-policy", 3, False, tmp_path)["failed"]
+    assert failed.startswith("stopped after 3 s\nbegun") and "engine.log: loading weights" in failed
+    assert "an earlier case" not in failed
 
 
 def test_every_case_has_a_time_limit():

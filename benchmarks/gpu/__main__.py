@@ -34,6 +34,7 @@ from typing import Any
 
 from benchmarks import table
 from benchmarks.record import ROOT, gpus, record
+from kdjax.engines import JAX_SHARE
 
 # Section, case and the seconds after which it is stopped, goals first.
 JOBS: tuple[tuple[str, str | None, int], ...] = (
@@ -41,8 +42,8 @@ JOBS: tuple[tuple[str, str | None, int], ...] = (
     ("step", "1.7B, 4 rows, remat dots", 75),
     ("step", "4B, 2 rows, remat dots", 75),
     ("pool", None, 75),
-    ("runs", "off-policy, overlapped", 150),
-    ("runs", "on-policy", 120),
+    ("runs", "off-policy, overlapped", 200),  # and the teacher, and SGLang's kernels, are made for it
+    ("runs", "on-policy", 150),
     ("runs", "off-policy, in turns", 90),
     ("loss", "jsd", 50),
     ("loss", "liger", 50),
@@ -59,6 +60,11 @@ JOBS: tuple[tuple[str, str | None, int], ...] = (
 )
 SECTIONS = tuple(dict.fromkeys(section for section, *_ in JOBS))
 SECONDS = 585  # of all together
+NEEDS = {  # what a case cannot do without, and the machine may lack
+    ("loss", "liger"): ("liger_kernel", "liger-kernel is not installed"),
+    ("runs", "colocated"): ("torch_memory_saver", "torch_memory_saver, by which SGLang sleeps, is not installed"),
+    ("sharing", "engine"): ("torch_memory_saver", "torch_memory_saver, by which SGLang sleeps, is not installed"),
+}
 
 
 def run(section: str, case: str | None, seconds: float, toy: bool, folder: Path) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def run(section: str, case: str | None, seconds: float, toy: bool, folder: Path)
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--job", section, case or "", "--folder", str(folder)]
     environment = _environment(section, folder) | os.environ
-    start = time.perf_counter()
+    start, began = time.perf_counter(), time.time()
     with (folder / "said").open("w+") as said:
         process = subprocess.Popen(
             command + ["--toy"] * toy, cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
@@ -85,8 +91,14 @@ def run(section: str, case: str | None, seconds: float, toy: bool, folder: Path)
     if part.exists():
         found = json.loads(part.read_text())
     else:
-        found = {"failed": f"stopped after {seconds:.0f} s\n{end}" if late else end}
+        found = {"failed": f"stopped after {seconds:.0f} s\n{end}\n{written(folder, began)}" if late else end}
     return found | {"wall_seconds": time.perf_counter() - start}
+
+
+def written(folder: Path, since: float) -> str:
+    """The ends of the logs and metrics that a case which was stopped has written, as it cannot tell any more."""
+    files = [file for kind in ("*.log", "*.jsonl") for file in folder.rglob(kind) if file.stat().st_mtime >= since]
+    return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-2000:]}" for file in sorted(files))
 
 
 def main() -> int:
@@ -115,8 +127,9 @@ def main() -> int:
             if section not in given.sections or (given.toy and "remat" in (case or "") and section in measured):
                 continue
             left = min(seconds, end - time.monotonic())
-            if case == "liger" and not given.toy and importlib.util.find_spec("liger_kernel") is None:
-                found = {"left_out": "liger-kernel is not installed"}
+            module, lacking = NEEDS.get((section, case), ("", ""))
+            if module and not given.toy and importlib.util.find_spec(module) is None:
+                found = {"left_out": lacking}
             else:
                 found = run(section, case, left, given.toy, Path(folder)) if left > 0 else {"left_out": "no time"}
             failed |= "failed" in found
@@ -137,8 +150,8 @@ def _environment(section: str, folder: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    if section in ("loss", "step"):  # alone on the GPU
-        found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
+    if section in ("loss", "step") and not any(os.environ.get(name) for name in JAX_SHARE):  # alone on the GPU
+        found[JAX_SHARE[0]] = "0.95"
     if not _installed("flashinfer-python"):  # SGLang takes anything that can be imported by its name for it
         found["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
     return found
