@@ -1,6 +1,7 @@
 """What an engine's process sees of the pool: its rows as torch tensors, and the stamps that say what was written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -23,17 +24,22 @@ class PoolRows:
         self.spec, self.dtype = spec, dtype
         self._stamps = np.frombuffer(memory, np.uint8, spec.copies * spec.rows, spec.stamps_at)
         self._stamps = self._stamps.reshape(spec.copies, spec.rows)
-        self._copies: list[tuple[int, int, torch.Tensor]] = []  # part, number of the copy, rows
+        # Part, number of the copy, and its rows.
+        self._copies: list[tuple[int, int, Callable[[], torch.Tensor]]] = []
         if not spec.blocks:
             rows = torch.frombuffer(memory, dtype=dtype, count=spec.rows * spec.width).view(spec.rows, spec.width)
             if rank == 0:
-                self._copies = [(part, 0, rows[part * spec.part_rows :]) for part in range(spec.parts)]
-        here = gpus() if spec.blocks else []
+                self._copies = [
+                    (part, 0, partial(rows.narrow, 0, part * spec.part_rows, spec.part_rows))
+                    for part in range(spec.parts)
+                ]
         for block, number in assigned(spec.blocks, rank, ranks):
-            mapping = Mapping(here.index(block.gpu), bytes.fromhex(block.handle))
-            shape, device = (spec.part_rows, spec.width), (CUDA, mapping.ordinal)
-            view = DLPackView(mapping, mapping.address, shape, spec.dtype, device)
-            self._copies.append((block.part, number, torch.from_dlpack(view)))
+            # On another GPU it is mapped at its first row: one of several copies of a teacher is never asked for most
+            # of them, and a mapping costs a few hundred megabytes there.
+            mapped = cache(partial(_mapped, spec, block))
+            self._copies.append((block.part, number, mapped))
+            if block.gpu == ranks[rank]:
+                mapped()
         self._written: list[tuple[int, int, int]] = []
 
     @property
@@ -46,7 +52,7 @@ class PoolRows:
         part, at = divmod(row, self.spec.part_rows)
         for where, number, rows in self._copies:
             if where == part:
-                _copy(rows[at : at + len(hidden)], hidden)
+                _copy(rows()[at : at + len(hidden)], hidden)
                 self._written.append((number, row, row + len(hidden)))
 
     def finish(self) -> None:
@@ -56,6 +62,13 @@ class PoolRows:
         for number, start, stop in self._written:
             self._stamps[number, start:stop] = 1
         self._written.clear()
+
+
+def _mapped(spec: PoolSpec, block: Block) -> torch.Tensor:
+    """a block's rows, on the GPU where they lie"""
+    mapping = Mapping(gpus().index(block.gpu), bytes.fromhex(block.handle))
+    shape, device = (spec.part_rows, spec.width), (CUDA, mapping.ordinal)
+    return torch.from_dlpack(DLPackView(mapping, mapping.address, shape, spec.dtype, device))
 
 
 def _copy(to: torch.Tensor, hidden: torch.Tensor) -> None:

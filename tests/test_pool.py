@@ -433,6 +433,20 @@ def test_rows_on_gpus_lie_where_they_are_read_and_count_once_they_are_there(monk
                 lease.view(0, device=2)
 
 
+def test_another_gpu_is_mapped_at_its_first_row_alone(monkeypatch, tmp_path):
+    """one of two copies of a teacher, each on a GPU that trains on a part of its own"""
+    mapped = []
+    monkeypatch.setattr(bridge.pool_rows, "_mapped", lambda spec, block: mapped.append(block.gpu) or torch.zeros(8, 4))
+    blocks = (Block(0, "a", ""), Block(1, "b", ""))
+    spec = PoolSpec(str(tmp_path / "stamps"), 16, 4, "float32", parts=2, blocks=blocks)
+    (tmp_path / "stamps").write_bytes(bytes(spec.bytes))
+    rows = PoolRows(spec, 0, ["b"])
+    rows.write(8, torch.ones(2, 4))
+    assert mapped == ["b"]
+    rows.write(0, torch.ones(2, 4)), rows.write(2, torch.ones(2, 4))
+    assert mapped == ["b", "a"]
+
+
 def test_gpu_memory_without_a_gpu_is_refused():
     assert gpus() == []
     with pytest.raises(EngineError, match="no NVIDIA driver answers"):
