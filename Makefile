@@ -33,6 +33,7 @@ bench: setup  ## what a CPU can measure, alone on the machine: over an hour, 12 
 
 bench-full: bench  ## and what distillation is worth, over several seeds: three hours more
 	$(BIN)/python -m benchmarks.quickstart
+	$(BIN)/python -m benchmarks.few_rows
 	$(BIN)/python -m benchmarks.on_policy
 	$(BIN)/python -m benchmarks.table
 

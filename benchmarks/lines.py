@@ -12,6 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.divergences import AT_MANY, FEW, MANY, VOCABULARIES
+from benchmarks.few_rows import ROWS
 from benchmarks.gpu.loss import DEFAULT
 from benchmarks.growth import AXES
 from benchmarks.naive import DIVERGENCES
@@ -117,8 +118,8 @@ def _padding(r: Result) -> Found:
     return Found(f"{text}, {p['packed']:.1%} packed")
 
 
-def _held_out(r: Result, other: str, which: str = "final") -> Found:
-    gaps = [a["final"]["ce"] - b[which]["ce"] for a, b in zip(r["runs"]["kd"], r["runs"][other], strict=True)]
+def _held_out(r: Result, other: str, ours: str = "kd", which: str = "final") -> Found:
+    gaps = [a["final"]["ce"] - b[which]["ce"] for a, b in zip(r["runs"][ours], r["runs"][other], strict=True)]
     return Found(f"{mean(gaps):+.3f} nats a token ({min(gaps):+.3f} to {max(gaps):+.3f})", mean(gaps))
 
 
@@ -263,6 +264,12 @@ LINES: dict[str, tuple[Line, ...]] = {
     "quickstart": (
         Line("held-out cross-entropy, distilled − fine-tuned for as many steps", partial(_held_out, other="sft_steps")),
         Line("the same, for as many seconds", partial(_held_out, other="sft_seconds")),
+    ),
+    "few_rows": (
+        Line(
+            f"the same, on {ROWS} rows, at the fine-tuned one's own best step",
+            partial(_held_out, ours="kd_few", other="sft_few", which="best"),
+        ),
     ),
     "on_policy": (
         Line(

@@ -6,6 +6,8 @@ run on any machine. Where CUDA is available `activate` returns None and SGLang u
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,7 +53,40 @@ def _cpu_platform() -> type:
         def is_pin_memory_available(self, device=None) -> bool:
             return False
 
+    if "get_mha_kv_pool_cls" in vars(SRTPlatform):  # as in 0.5.17; later versions take these where none is named
+        return _with_caches(CpuPlatform)
     return CpuPlatform
+
+
+def _with_caches(platform: type) -> type:
+    """the platform with the classes of SGLang's plain caches, which older versions have it name
+
+    They are imported when they are asked for: the platform is made in the middle of SGLang's own import.
+    """
+
+    class CpuPlatform(platform):
+        def get_mha_kv_pool_cls(self) -> type:
+            from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+            return MHATokenToKVPool
+
+        def get_mla_kv_pool_cls(self) -> type:
+            from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+            return MLATokenToKVPool
+
+        def get_paged_allocator_cls(self) -> Callable[..., Any]:
+            return _of_single_tokens
+
+    return CpuPlatform
+
+
+def _of_single_tokens(size: int, *, page_size: int, **more: Any) -> Any:
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+    if page_size != 1:
+        raise ValueError(f"page_size={page_size}: this SGLang has pages of one token on a CPU; leave it out")
+    return TokenToKVPoolAllocator(size, **more)
 
 
 def __getattr__(name: str):

@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks import (
     divergences,
+    few_rows,
     fused_loss,
     growth,
     on_policy,
@@ -33,7 +34,7 @@ from kdjax.training.folder import RunFolder
 
 
 def test_benchmarks_ask_for_configurations_that_hold(tmp_path):
-    for more in ((), quickstart.SFT, overlap.OVERRIDES):
+    for more in ((), quickstart.SFT, overlap.OVERRIDES, few_rows.overrides()):
         assert load_config(quickstart.CONFIG, quickstart.overrides(1, 7, *more)).train.steps == 7
     for case in trl_gkd.CASES.values():
         assert load_config(quickstart.CONFIG, trl_gkd.overrides(case, tmp_path, 7)).distill.kd_ratio == 1.0
@@ -200,7 +201,7 @@ def test_the_readme_shows_the_committed_results():
     assert set(results) - set(LINES) == {name for name in results if "gpu" in results[name]}
 
 
-@pytest.mark.parametrize("of", [quickstart, on_policy], ids=["quickstart", "on_policy"])
+@pytest.mark.parametrize("of", [quickstart, few_rows, on_policy], ids=["quickstart", "few_rows", "on_policy"])
 def test_a_page_shows_the_committed_table(of):
     shown = of.PAGE.read_text().split(of.MARK)[1].strip()
     made = of.table(json.loads(of.RESULT.read_text())) if of.RESULT.exists() else "Not measured yet."
