@@ -1,6 +1,7 @@
 """Eight fake CPU devices and a compilation cache shared by all tests, set before anything imports jax."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,7 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Compiling is most of the suite and takes a quarter as long like this; child processes inherit it. The tests that
 # prove numbers, memory and communication ask for `optimized`; `make test-full` compiles everything as runs do.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
-if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
+# JAX 0.11 ends a process that names this flag.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0" and version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
