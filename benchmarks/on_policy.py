@@ -82,7 +82,7 @@ def run(
     out = home / f"{method}-{rate:g}-{seed}"
     shape = [f"train.batch_size={RESPONSES}", f"rollout.prompts={RESPONSES}", "data.packing=false"]
     shape += ["rollout.max_new_tokens=96", "rollout.threads=1"]
-    start = [f"student.path={home / 'warm' / 'export'}", "student.init=pretrained", "student.config={}"]
+    start = [f"student.path={home / 'warm' / 'export'}", "student.init=pretrained", "student.layers=[]"]
     schedule = [f"train.steps={steps}", f"train.learning_rate={rate}", f"train.min_lr={rate / 10}"]
     result = train(out, *shape, *start, *schedule, f"train.seed={seed}", *METHODS[method])
     result |= {"seed": seed, "rate": rate} | exact_match(out / "export", rows, out, ways)

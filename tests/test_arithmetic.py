@@ -37,9 +37,9 @@ def holds(line):
 
 
 def test_the_script_makes_what_is_shipped(make):
-    made = map(make.row, make.problems(0))
-    assert list(itertools.islice(made, 1000)) == rows("eval.jsonl")
-    assert list(itertools.islice(made, 2000)) == rows("train.jsonl")
+    problems = make.problems(0)
+    assert list(map(make.row, itertools.islice(problems, 1000))) == rows("eval.jsonl")
+    assert list(make.students_rows(itertools.islice(problems, 2000), 0)) == rows("train.jsonl")
     prompts = [row["prompt"] for row in itertools.chain(rows("eval.jsonl"), rows("train.jsonl"))]
     assert len(set(prompts)) == len(prompts) == 3000
     assert make.tokenizer().get_vocab() == load_tokenizer(FOLDER / "tokenizer").get_vocab()
@@ -55,16 +55,17 @@ def test_every_line_of_every_response_is_true():
         assert find_reward("gsm8k")(row["prompt"], row["response"], {"answer": row["response"]}) == 1.0
 
 
-def test_a_slip_is_mended_on_the_next_line(make):
-    """the teacher's rows without their wrong lines are the students' rows"""
+@pytest.mark.parametrize("share", [0.1, 0.05])
+def test_a_slip_is_mended_on_the_next_line(make, share):
+    """rows without their wrong lines are rows without slips"""
     slips, wrong, lines = random.Random(1), 0, 0
     for numbers in itertools.islice(make.problems(1), 500):
-        clean, slipped = (make.row(numbers, draw)["response"].splitlines() for draw in (None, slips))
+        clean, slipped = (make.row(numbers, draw, share)["response"].splitlines() for draw in (None, slips))
         assert [line for line in slipped if line.startswith("####") or holds(line)] == clean
         for line, following in itertools.pairwise(slipped):
             assert line in clean or line.partition("=")[0] == following.partition("=")[0]
         wrong, lines = wrong + len(slipped) - len(clean), lines + len(slipped) - 1
-    assert wrong / lines == pytest.approx(make.SLIPS, rel=0.2)
+    assert wrong / lines == pytest.approx(share, rel=0.25)
 
 
 def test_the_teacher_mends_a_slip(make):
@@ -98,12 +99,9 @@ def test_a_character_is_a_token():
     assert tokenizer.convert_ids_to_tokens(tokenizer("é<|end|>")["input_ids"]) == ["<|unknown|>", "<|end|>"]
 
 
-def test_the_student_is_a_quarter_of_the_teacher_at_most():
-    def count(model):
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
+def test_the_student_is_its_teacher_with_fewer_layers():
     student = load_config(ROOT / "configs" / "arithmetic.yaml").student
-    big = count(load_model(FOLDER / "teacher", abstract=True))
-    small = count(load_model(student.path, abstract=True, config=dict(student.config), init="random"))
-    assert 4 * small <= big < 1e6
+    teacher = load_model(FOLDER / "teacher", abstract=True)
+    assert student.init == "layers" and len(student.layers) < teacher.config.num_hidden_layers
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(teacher, nnx.Param))) < 1e6
     assert (FOLDER / "teacher" / "model.safetensors").stat().st_size < 4e6

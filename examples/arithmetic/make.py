@@ -9,9 +9,9 @@
               51+30=81
               #### 81
 
-The teacher's own rows show how a slip is mended: now and then a line has a wrong result, and the next one does the same
-addition again. Students are given rows without a slip. No prompt stands in two files. The seed decides everything, so
-the teacher's rows need not be shipped.
+Rows to learn from show how a slip is mended: now and then a line has a wrong result, and the next one does the same
+addition again. Held-out rows have no slip. No prompt stands in two files. The seed decides everything, so the teacher's
+own rows need not be shipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 TEACHER_ROWS = HERE.parent.parent / "runs" / "arithmetic" / "teacher.jsonl"
-SLIPS = 0.1  # share of the teacher's lines that go wrong
+SLIPS, FEWER_SLIPS = 0.1, 0.05  # share of lines that go wrong, in the teacher's rows and in the students'
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 SPECIALS = [PAD, UNKNOWN, END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -49,11 +49,11 @@ CHAT_TEMPLATE = """\
 """
 
 
-def solve(numbers: list[int], slips: random.Random | None = None) -> str:
-    """every partial sum on a line of its own, then the answer behind ####; ``slips`` draws where a line goes wrong"""
+def solve(numbers: list[int], slips: random.Random | None = None, share: float = SLIPS) -> str:
+    """every partial sum on a line of its own, then the answer behind ####; ``slips`` draws which lines go wrong"""
     lines, total = [], numbers[0]
     for number in numbers[1:]:
-        while slips and slips.random() < SLIPS:
+        while slips and slips.random() < share:
             lines.append(f"{total}+{number}={wrong(total + number, slips)}")
         lines.append(f"{total}+{number}={total + number}")
         total += number
@@ -68,8 +68,13 @@ def wrong(result: int, draw: random.Random) -> str:
     return "".join(digits)
 
 
-def row(numbers: list[int], slips: random.Random | None = None) -> dict[str, str]:
-    return {"prompt": "+".join(map(str, numbers)), "response": solve(numbers, slips)}
+def row(numbers: list[int], slips: random.Random | None = None, share: float = SLIPS) -> dict[str, str]:
+    return {"prompt": "+".join(map(str, numbers)), "response": solve(numbers, slips, share)}
+
+
+def students_rows(numbers: Iterable[list[int]], seed: int) -> Iterator[dict[str, str]]:
+    slips = random.Random(seed + 1)
+    return (row(each, slips, FEWER_SLIPS) for each in numbers)
 
 
 def problems(seed: int) -> Iterator[list[int]]:
@@ -115,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     numbers, slips = problems(arguments.seed), random.Random(arguments.seed)
     write_rows(arguments.out / "eval.jsonl", map(row, islice(numbers, arguments.eval)))
-    write_rows(arguments.out / "train.jsonl", map(row, islice(numbers, arguments.train)))
+    write_rows(arguments.out / "train.jsonl", students_rows(islice(numbers, arguments.train), arguments.seed))
     if arguments.teacher:
         write_rows(TEACHER_ROWS, (row(each, slips) for each in islice(numbers, arguments.teacher)))
     tokenizer().save_pretrained(arguments.out / "tokenizer")
