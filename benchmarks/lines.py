@@ -123,10 +123,10 @@ def _held_out(r: Result, other: str, ours: str = "kd", which: str = "final") -> 
     return Found(f"{mean(gaps):+.3f} nats a token ({min(gaps):+.3f} to {max(gaps):+.3f})", mean(gaps))
 
 
-def _exact_match(r: Result, drawn: str) -> Found:
+def _exact_match(r: Result, drawn: str, other: str = "off_policy") -> Found:
     ours, theirs = (
         {key: mean(run[key] for run in r["runs"][name]) for key in (drawn, "tokens")}
-        for name in ("on_policy", "off_policy")
+        for name in ("on_policy", other)
     )
     gap = 100 * (ours[drawn] - theirs[drawn])
     text = f"{gap:+.1f} points, {ours[drawn]:.1%} against {theirs[drawn]:.1%}"
@@ -278,6 +278,12 @@ LINES: dict[str, tuple[Line, ...]] = {
             least=0,
         ),
         Line("the same, greedily", partial(_exact_match, drawn="greedy")),
+        Line(
+            "at temperature 1: on-policy − off-policy, both by reverse KL",
+            partial(_exact_match, drawn="sampled", other="off_policy_rkl"),
+            least=0,
+        ),
+        Line("the same, greedily", partial(_exact_match, drawn="greedy", other="off_policy_rkl")),
     ),
 }
 """By the file's name, in the order of the table."""

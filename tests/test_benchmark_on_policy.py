@@ -50,7 +50,9 @@ def test_each_method_runs_at_its_own_best_rate(made_up):
     assert lines[2] == "| teacher | | | 90.0 % | 100.0 % |" and "25.0 % | 50.0 %" in lines[3]
     assert lines[4] == "| off-policy, forward KL | 0.001 | 5 k | 51.0 ± 1.0 % | 71.0 ± 1.0 % |"
     assert lines[5] == "| **on-policy, reverse KL** | 0.003 | 5 k | 61.0 ± 1.0 % | 81.0 ± 1.0 % |"
-    line, greedily = LINES["on_policy"]
+    line, greedily, of_one_loss, _ = LINES["on_policy"]
+    found["runs"]["off_policy_rkl"] = found["runs"]["on_policy"]
+    assert of_one_loss.find(found).text.startswith("+0.0 points, 61.0% against 61.0%")
     assert greedily.find(found).text.startswith("+10.0 points, 81.0% against 71.0%")
     assert line.find(found).text == "+10.0 points, 61.0% against 51.0%, on 1.00 times the tokens"
     assert line.find(found).value == pytest.approx(10) and line.least == 0
