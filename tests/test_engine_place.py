@@ -121,7 +121,12 @@ def test_words_of_an_engine_that_was_started_again_before_its_weights_came_do_no
     values |= {"distill": {"on_policy_fraction": 1.0, "kd_ratio": 1.0}, "rollout": {"engines": 0}}
     said = [[SimpleNamespace(version=0)], [SimpleNamespace(version=5)]]
     shared = SimpleNamespace(spec=SimpleNamespace(dtype="float32"), holds=student_label(5), pid=1)
-    shared.generate = lambda prompts, sampling: said.pop(0)
+
+    def generate(prompts, sampling):
+        shared.pid = 2  # that of the new process, already when it answers for the first time
+        return said.pop(0)
+
+    shared.generate = generate
     engines = StudentEngines(from_dict(values), SimpleNamespace(model=None), tmp_path, tell=print, shared=shared)
     engines.version = 5
     (completion,) = engines.generate([np.array([1], np.int32)], [3])

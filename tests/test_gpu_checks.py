@@ -169,12 +169,16 @@ def test_what_a_run_on_a_gpu_is_told_is_understood(monkeypatch, tmp_path, case):
 
 def test_what_a_case_on_a_gpu_finds_in_its_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_installed", lambda package: False)
+    for name in gpu.JAX_SHARE:  # a run in this very process may have set it
+        monkeypatch.delenv(name, raising=False)
     found = {section: gpu._environment(section, tmp_path) for section in gpu.SECTIONS}
     alone = {section for section, values in found.items() if "XLA_PYTHON_CLIENT_MEM_FRACTION" in values}
     assert alone == {"loss", "step"}
     assert {values["SGLANG_IS_FLASHINFER_AVAILABLE"] for values in found.values()} == {"false"}
     monkeypatch.setattr(gpu, "_installed", lambda package: True)
     assert "SGLANG_IS_FLASHINFER_AVAILABLE" not in gpu._environment("runs", tmp_path)
+    monkeypatch.setenv(gpu.JAX_SHARE[1], "0.5")
+    assert gpu.JAX_SHARE[0] not in gpu._environment("loss", tmp_path)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -241,7 +241,7 @@ def hanging(hangs, **more):
     stream.data, stream.turns, stream._waits = RolloutStream.__new__(RolloutStream), Turns(), Waits()
     stream.data.engines = SimpleNamespace(follow=does["follow"], kill=killed.set)
     stream.config = SimpleNamespace(colocate=False, train=SimpleNamespace(**more))
-    stream.engine = stream.self_teacher = stream._taken = None
+    stream.engine = stream.self_teacher = stream._taken = stream._step = None
     stream._worker, stream._sender = Ahead(does["produce"], 0), Ahead(stream._send, 0)
     return stream, begun.is_set, ended
 

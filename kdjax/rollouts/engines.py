@@ -175,10 +175,10 @@ class StudentEngines:
                         self.turns.enter("sync")
                         self._send(engine)
                         self.turns.enter("generate")
-                    least = self.version
+                    asked = engine.pid
                 completions = engine.generate(prompts, sampling)
                 # Else the thread that sends weights has found it dead meanwhile and started it, with none sent yet.
-                if all(completion.version >= least for completion in completions):
+                if engine.pid == asked:
                     return completions
 
         return revived.ask(write)
