@@ -125,8 +125,7 @@ def _held_out(r: Result, other: str, ours: str = "kd", which: str = "final") -> 
 
 def _exact_match(r: Result, drawn: str, other: str = "off_policy") -> Found:
     ours, theirs = (
-        {key: mean(run[key] for run in r["runs"][name]) for key in (drawn, "tokens")}
-        for name in ("on_policy", other)
+        {key: mean(run[key] for run in r["runs"][name]) for key in (drawn, "tokens")} for name in ("on_policy", other)
     )
     gap = 100 * (ours[drawn] - theirs[drawn])
     text = f"{gap:+.1f} points, {ours[drawn]:.1%} against {theirs[drawn]:.1%}"
