@@ -33,7 +33,7 @@ PAGE = ROOT / "docs" / "generation.md"
 MARK = "<!-- on-policy table: python -m benchmarks.on_policy -->"
 
 WARM_STEPS, STEPS, RESPONSES = 800, 200, 32
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED, TUNING_ROWS = 100, "[:300]"
 TEST_ROWS = "[300:]"
 
