@@ -1,21 +1,23 @@
 """Teacher and student at the same time, on a core each: seconds of a step against the slower of the two alone.
 
-    python -m benchmarks.overlap                     # eight minutes, two cores
+    python -m benchmarks.overlap                     # ten minutes, two cores
 
-Runs of the quickstart's student and teacher, the trainer held to one core and everything of the engine to another.
-With ``teacher.lookahead=0`` they take turns, so such a run gives the seconds of a step in turns and those of either
-side alone: the teacher's are timed around its prefill, all else is the student's, reading and packing included. With
-``teacher.lookahead=1`` they overlap. Both kinds alternate, and which comes first. Perfect overlap would take
+The quickstart's student and teacher, the trainer held to one core and everything of the engine to another, in three
+kinds of runs. Each side alone: the teacher's prefills one behind the other, and the compiled step on batches that are
+ready, without reading or packing. In turns (``teacher.lookahead=0``), and overlapped (``teacher.lookahead=1``), both
+with all that training does. The kinds alternate, and which comes first. Perfect overlap would take
 max(teacher, student) a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,15 +45,30 @@ OVERRIDES = (
 )
 
 
-def run(lookahead: int, steps: int, *more: str) -> dict[str, float]:
-    """Median seconds a step of a pinned run, by what they went into."""
+def run(lookahead: int, steps: int, *more: str) -> float:
+    """Median seconds a step of a pinned run."""
     out = OUT / f"lookahead-{lookahead}"
-    command = [sys.executable, "-m", "kdjax.train", "--config", str(quickstart.CONFIG), f"output={out}"]
-    command += quickstart.overrides(0, steps, *OVERRIDES, f"teacher.lookahead={lookahead}", *more)
+    command = ["kdjax.train", "--config", str(quickstart.CONFIG), f"output={out}"]
+    pinned([*command, *quickstart.overrides(0, steps, *OVERRIDES, f"teacher.lookahead={lookahead}", *more)])
+    windows = [r for r in read_metrics(out / "metrics.jsonl") if "seconds/step" in r][WARM:]
+    return median(w["seconds/step"] for w in windows)
+
+
+def alone(steps: int, *more: str) -> dict[str, float]:
+    """Median seconds of a prefill and of a step, each while the other side has nothing to do, pinned likewise."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    out = OUT / "alone.json"
+    overrides = quickstart.overrides(0, steps, *OVERRIDES, f"output={OUT / 'alone'}", *more)
+    pinned(["benchmarks.overlap_side", str(quickstart.CONFIG), str(out), *overrides])
+    return {side: median(seconds) for side, seconds in json.loads(out.read_text()).items()}
+
+
+def pinned(command: list[str]) -> None:
+    """Run a Python module with its threads on one core and those of the engine that it starts on the other."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {TRAINER})  # children begin where their parent is
     try:
-        trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        trainer = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
     finally:
         os.sched_setaffinity(0, cores)
     moved = 0
@@ -62,8 +79,6 @@ def run(lookahead: int, steps: int, *more: str) -> dict[str, float]:
         raise RuntimeError(f"{' '.join(command)} failed with exit status {trainer.returncode}")
     if moved:
         raise RuntimeError("threads of the engine were still found on the trainer's core at the end")
-    windows = [r for r in read_metrics(out / "metrics.jsonl") if "seconds/step" in r][WARM:]
-    return {name: median(w[f"seconds/{name}"] for w in windows) for name in ("step", "teacher", "waiting")}
 
 
 def sessions_of(trainer: int) -> list[int]:
@@ -95,13 +110,16 @@ def hold(session: int, core: int) -> int:
 
 def measure(rounds: int = ROUNDS, steps: int = STEPS, *more: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"turns": [], "teacher": [], "student": [], "overlapped": []}
+    kinds: dict[str, Callable[[], dict[str, float]]] = {
+        "alone": lambda: alone(steps, *more),
+        "turns": lambda: {"turns": run(0, steps, *more)},
+        "overlapped": lambda: {"overlapped": run(1, steps, *more)},
+    }
     for number in range(rounds):
-        order = (0, 1) if number % 2 == 0 else (1, 0)  # a machine that grows slower or faster favours neither
-        found = {lookahead: run(lookahead, steps, *more) for lookahead in order}
-        seconds["turns"].append(found[0]["step"])
-        seconds["teacher"].append(found[0]["teacher"])
-        seconds["student"].append(found[0]["step"] - found[0]["teacher"])
-        seconds["overlapped"].append(found[1]["step"])
+        # A machine that grows slower or faster favours none.
+        for kind in list(kinds.values())[:: 1 if number % 2 == 0 else -1]:
+            for name, each in kind().items():
+                seconds[name].append(each)
         print(f"{number}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items()), flush=True)
     config = load_config(quickstart.CONFIG, [f"output={OUT}", *quickstart.overrides(0, steps, *OVERRIDES, *more)])
     longer = [max(pair) for pair in zip(seconds["teacher"], seconds["student"], strict=True)]

@@ -1,5 +1,8 @@
 """Who holds the devices when: the calls that sleeping and waking engines get, in order."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +86,45 @@ def test_an_engine_that_was_started_again_is_put_back_to_where_it_was():
     log.clear()
     turns.restarted(student)
     assert log == ["student sleeps: kv_cache"]
+
+
+def test_weights_are_sent_again_while_another_engine_goes_on_writing():
+    turns, log, student = made()
+    other, trainer = Engine("other", log), Engine("trainer", log)
+    turns.join("student", [other])
+    turns.join("trainer", [trainer], awake=["weights"])
+    turns.enter("generate")
+    turns.restarted(student)
+    assert entered(turns, log, "resend") == ["trainer wakes: weights"]
+    assert entered(turns, log, "generate") == ["trainer sleeps: weights"]
+
+
+def test_engines_that_two_threads_start_again_sleep_and_wake_once():
+    log, begun, go = [], threading.Event(), threading.Event()
+
+    class Slow(Engine):
+        def sleep(self, tags):
+            begun.set()
+            assert go.wait(10)
+            super().sleep(tags)
+
+    slow, other = Slow("slow", log), Engine("other", log)
+    turns = Turns()
+    turns.enter("train")
+    go.set()
+    turns.join("student", [slow, other])
+    turns.enter("sync")
+    for used in (log, begun, go):
+        used.clear()
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(turns.restarted, slow)]
+        assert begun.wait(10)
+        jobs.append(threads.submit(turns.restarted, other))
+        time.sleep(0.1)  # the second must wait, not ask the first engine to sleep again
+        go.set()
+        for job in jobs:
+            job.result()
+    assert log == ["slow sleeps: kv_cache", "other sleeps: kv_cache"]
 
 
 def test_the_dead_are_passed_over_until_they_are_started_again():

@@ -172,7 +172,7 @@ class StudentEngines:
             while True:
                 with self._turn:  # while weights are under way it holds none either
                     if engine.holds is None:  # it was started again
-                        self.turns.enter("sync")
+                        self.turns.enter("resend")
                         self._send(engine)
                         self.turns.enter("generate")
                     asked = engine.pid

@@ -6,6 +6,7 @@ out. Engines sleep outside their phases; awake they live in what JAX's fixed sha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -18,13 +19,16 @@ AWAKE: dict[str, dict[str, tuple[str, ...]]] = {
     "sync": {"trainer": (WEIGHTS,), "student": (WEIGHTS,)},
     "renew": {"trainer": (WEIGHTS,), "teacher": (WEIGHTS,)},
     "generate": {"student": (WEIGHTS, CACHE)},
+    # One engine was started again and needs weights while another may be writing: that one must stay as it is.
+    "resend": {"trainer": (WEIGHTS,), "student": (WEIGHTS, CACHE)},
     "prefill": {"teacher": (WEIGHTS, CACHE)},
 }
 NEXT = {
     "train": ("sync", "renew", "generate", "prefill"),
     "sync": ("renew", "generate", "prefill", "train"),  # at once where a step read back from disk has no row to judge
     "renew": ("sync", "generate", "prefill"),  # one engine in both roles takes the weights of each in turn
-    "generate": ("sync", "renew", "prefill", "train"),  # so does a student's
+    "generate": ("resend", "renew", "prefill", "train"),
+    "resend": ("generate",),
     "prefill": ("renew", "train"),  # a teacher that was started again gets its weights again
 }
 
@@ -43,7 +47,7 @@ class Turns:
     """Those who take turns by role (``student``, ``teacher``, ``trainer``); without any nothing is ever asked.
 
     One engine may have both roles. ``kept`` are tags that stay on the devices outside a role's phases. An engine that
-    is dead is passed over: whoever needs it starts it again and says so by ``restarted``.
+    is dead is passed over: whoever needs it starts it again and says so by ``restarted``. Several threads may call.
     """
 
     def __init__(self, kept: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -51,35 +55,39 @@ class Turns:
         self._roles: list[set[str]] = []
         self._awake: list[set[str]] = []
         self._kept = dict(kept or {})
+        self._lock = threading.RLock()  # engines of one phase are asked, and found dead, by a thread each
         self.phase = "train"
 
     def join(self, role: str, engines: Sequence[Sleeper], awake: Collection[str] = (WEIGHTS, CACHE)) -> None:
         """Give these a role. Those who were not there before are ``awake``; they are put to where they belong."""
-        for engine in engines:
-            if engine not in self._engines:
-                self._engines.append(engine)
-                self._roles.append(set())
-                self._awake.append(set(awake))
-            self._roles[self._engines.index(engine)].add(role)
-        self._settle()
+        with self._lock:
+            for engine in engines:
+                if engine not in self._engines:
+                    self._engines.append(engine)
+                    self._roles.append(set())
+                    self._awake.append(set(awake))
+                self._roles[self._engines.index(engine)].add(role)
+            self._settle()
 
     def enter(self, phase: str) -> None:
         """Let ``phase`` begin: first those that must sleep do, then those that are needed wake.
 
         Raises ValueError for a phase that cannot follow the present one, EngineError from engines that live.
         """
-        if not self._engines:
-            return
-        if phase != self.phase and phase not in NEXT[self.phase]:
-            raise ValueError(f"{phase} cannot follow {self.phase}")
-        self.phase = phase
-        self._settle()
+        with self._lock:
+            if not self._engines:
+                return
+            if phase != self.phase and phase not in NEXT[self.phase]:
+                raise ValueError(f"{phase} cannot follow {self.phase}")
+            self.phase = phase
+            self._settle()
 
     def restarted(self, engine: Sleeper) -> None:
         """A new process took the place of ``engine``'s: it is wide awake, whatever the phase."""
-        if engine in self._engines:
-            self._awake[self._engines.index(engine)] = {WEIGHTS, CACHE}
-            self._settle()
+        with self._lock:
+            if engine in self._engines:
+                self._awake[self._engines.index(engine)] = {WEIGHTS, CACHE}
+                self._settle()
 
     def _settle(self) -> None:
         for engine, roles, awake in zip(self._engines, self._roles, self._awake, strict=True):
