@@ -79,7 +79,7 @@ def test_rows_of_the_data_have_no_number_of_a_rollout():
 
 
 def rollout(number, sample, reward, ids=(5, END), reason="stop"):
-    return Rollout(number, sample, "made:1", reason, len(ids), "", 0, 0, list(ids), [0.0] * len(ids), reward)
+    return Rollout(number, sample, "made:1", reason, len(ids), "", 0, 0, [4], list(ids), [0.0] * len(ids), reward)
 
 
 def test_advantages_leave_their_own_reward_out():
@@ -295,6 +295,10 @@ def test_a_file_that_is_damaged_or_of_other_prompts_is_named(tmp_path):
     file = tmp_path / "run" / "rollouts" / "step_000001.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="step_000001.jsonl answers other prompts .* delete it"):
+        next(source(tmp_path))
+    file.write_text("\n".join(lines))
+    write_pairs(tmp_path / "rows.jsonl", 12, tag="do not ")  # as many rows, with other words
     with pytest.raises(UserError, match="step_000001.jsonl answers other prompts .* delete it"):
         next(source(tmp_path))
     file.write_text("\n".join(lines)[:-20])

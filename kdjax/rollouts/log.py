@@ -28,6 +28,7 @@ class Rollout:
     version: int
     """Of the weights that wrote it: how many steps had made them."""
     seed: int
+    prompt_ids: list[int]
     ids: list[int]
     logprobs: list[float] = field(repr=False)
     """The engine's, at the sampling temperature."""

@@ -247,6 +247,7 @@ class RolloutStream(Iterator[HostBatch]):
                     text=text,
                     version=completion.version,
                     seed=seed,
+                    prompt_ids=a.prompt.ids.tolist(),
                     ids=completion.ids.tolist(),
                     logprobs=shown(completion.logprobs),
                     reward=None if self._reward is None else score(self._reward, a.prompt, text),
@@ -256,8 +257,13 @@ class RolloutStream(Iterator[HostBatch]):
 
     def _place(self, number: int, asked: list[Asked], rollouts: list[Rollout]) -> list[list[Document]]:
         """The step's documents in rows."""
-        wanted = [(a.number, i) for a in asked if a.sampled for i in range(self._rollout.n_samples)]
-        if [(r.prompt, r.sample) for r in rollouts] != wanted:
+        wanted = [
+            (a.number, sample, a.prompt.ids.tolist())
+            for a in asked
+            if a.sampled
+            for sample in range(self._rollout.n_samples)
+        ]
+        if [(r.prompt, r.sample, r.prompt_ids) for r in rollouts] != wanted:
             raise UserError(
                 f"{self._log.path(number)} answers other prompts than step {number} asks; delete it, and they are "
                 f"drawn again"
