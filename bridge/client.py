@@ -24,7 +24,7 @@ from bridge.checkpoint import read_facts
 from bridge.cuda import gpus
 from bridge.dlpack import ALIGNMENT
 from bridge.engine import Completion, EngineKind, EngineSpec, Health, Prefill, Sampling, check_ids
-from bridge.errors import EngineError
+from bridge.errors import EngineError, PromptError
 from bridge.hidden_pool import HiddenPool
 from bridge.leaving import FOLDER_PREFIX
 from bridge.weight_sync import DeviceBucket, WeightBucket
@@ -95,6 +95,7 @@ class RemoteEngine:
         self._turn, self._watch_turn = threading.RLock(), threading.Lock()
         self._server: _Server | None = None
         self._closed = False
+        self.max_tokens: int | None = None  # a prompt may have, with what is generated behind it; once it is ready
         self._buckets: dict[tuple[int, int | None], WeightBucket] = {}
         self._launch()
 
@@ -254,7 +255,9 @@ class RemoteEngine:
             server = self._running(what)
             if not server.ready:
                 deadline = server.began + self.start_timeout
-                server.leftovers += self._receive(server, server.work, deadline, "starting", self.start_timeout)
+                answer = self._receive(server, server.work, deadline, "starting", self.start_timeout)
+                self.max_tokens, leftovers = answer
+                server.leftovers += leftovers
                 server.ready = True
             return server
 
@@ -294,6 +297,8 @@ class RemoteEngine:
         if plain:
             return answer
         status, value = answer
+        if status == "prompt":
+            raise PromptError(value)
         if status == "misuse":
             raise ValueError(value)
         if status == "failed":

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from bridge.errors import PromptError
 from bridge.hidden_pool import PoolSpec
 from bridge.weight_sync import BucketSpec, Entry
 
@@ -138,7 +139,7 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """What a trainer may ask. Faults raise `bridge.errors.EngineError`, misuse raises ValueError."""
+    """What a trainer may ask. Faults raise `EngineError`, misuse ValueError, and of prompts `PromptError`."""
 
     def prefill(self, prompts: Sequence[Prefill]) -> None:
         """write the hidden rows (after the final norm) that carry loss into the pool; returns when all are there"""
@@ -177,6 +178,7 @@ class HostedEngine(Protocol):
     """What the server asks of the engine it hosts. A bucket's content is valid during the call only."""
 
     max_tokens: int
+    """a prompt may have, with what is generated behind it"""
 
     def prefill(self, prompts: Sequence[Prefill]) -> None: ...
     def score(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray]: ...
@@ -190,11 +192,11 @@ class HostedEngine(Protocol):
 
 
 def check_ids(ids: np.ndarray, vocab: int | None = None, longest: int | None = None) -> None:
-    """raise ValueError unless ids are int32 [T] with T >= 1, all in [0, vocab) and T at most `longest`"""
+    """raise PromptError unless ids are int32 [T] with T >= 1, all in [0, vocab) and T at most `longest`"""
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 1 or ids.size == 0:
         what = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise ValueError(f"a prompt is an int32 NumPy array of shape [T], T >= 1; got {what}")
+        raise PromptError(f"a prompt is an int32 NumPy array of shape [T], T >= 1; got {what}")
     if longest is not None and ids.size > longest:
-        raise ValueError(f"a prompt of {ids.size} tokens exceeds the engine's limit of {longest}")
+        raise PromptError(f"a prompt of {ids.size} tokens exceeds the engine's limit of {longest}")
     if vocab is not None and not (0 <= ids.min() and ids.max() < vocab):
-        raise ValueError(f"ids run from {ids.min()} to {ids.max()}, the model knows 0 to {vocab - 1}")
+        raise PromptError(f"ids run from {ids.min()} to {ids.max()}, the model knows 0 to {vocab - 1}")

@@ -28,6 +28,7 @@ class Host:
             )
         self._spec = spec
         self._engine = _start(spec)
+        self.max_tokens = self._engine.max_tokens
         self._began = time.monotonic()
         self._busy: tuple[str, float] | None = None
         self._version = 0
@@ -119,7 +120,7 @@ class Host:
 
     def _check(self, prompts: Sequence[np.ndarray], room: int = 0) -> None:
         for ids in prompts:
-            check_ids(ids, self._facts.vocab, self._engine.max_tokens - room)
+            check_ids(ids, self._facts.vocab, self.max_tokens - room)
 
 
 def _start(spec: EngineSpec) -> HostedEngine:

@@ -20,7 +20,7 @@ import sys  # noqa: E402
 import threading  # noqa: E402
 from multiprocessing.connection import Connection, wait  # noqa: E402
 
-from bridge.errors import EngineError  # noqa: E402
+from bridge.errors import EngineError, PromptError  # noqa: E402
 from bridge.host import Host  # noqa: E402
 from bridge.leaving import end, own_files  # noqa: E402
 
@@ -52,7 +52,7 @@ def _serve(work: Connection, hosts: list[Host]) -> None:
     hosts.append(host)
     closing = threading.Event()
     threading.Thread(target=_mourn, args=(closing,), daemon=True).start()
-    work.send(("done", own_files()))
+    work.send(("done", (host.max_tokens, own_files())))
     while True:
         method, args = work.recv()
         if method == "close":
@@ -66,6 +66,8 @@ def _serve(work: Connection, hosts: list[Host]) -> None:
 def _answer(host: Host, method: str, args: tuple) -> tuple[str, object]:
     try:
         return "done", host.call(method, args)
+    except PromptError as error:
+        return "prompt", str(error)
     except ValueError as error:
         return "misuse", str(error)
     except EngineError as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
 
-from bridge.client import RemoteEngine, default_device
-from bridge.errors import EngineError
+from bridge.client import RemoteEngine, default_device, start_engine
+from bridge.errors import EngineError, PromptError
 from kdjax.config import Config, RolloutConfig, TeacherConfig
 from kdjax.errors import UserError, first_line
 
@@ -78,6 +79,14 @@ def engine_options(
     return options | ({"base_gpu_id": options.get("base_gpu_id", 0) + first_gpu} if first_gpu else {})
 
 
+def started(model: Path, key: str, **how: Any) -> RemoteEngine:
+    """``bridge.client.start_engine``, which answers later. Raises UserError for a folder that is no model's."""
+    try:
+        return start_engine(model, wait=False, **how)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
 class Revived:
     """Asks an engine and, where it dies or misses a deadline, starts it anew and asks again.
 
@@ -123,7 +132,7 @@ class Revived:
                     self._revive()
                 asked = self.engine.pid
                 return question(self.engine)
-            except ValueError as error:
+            except PromptError as error:
                 raise UserError(f"{self._whose} {self.engine.spec.model}: {error}; see {self._limit}") from None
             except EngineError as error:
                 lives = asked is not None and self.engine.pid == asked

@@ -43,12 +43,12 @@ def evaluate(
     # jax is imported only once the configuration holds
     from flax import nnx
 
-    from kdjax.models import load_model
     from kdjax.training.compiled import keep_compiled
     from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
     from kdjax.training.preflight import check_teacher
     from kdjax.training.saved import load_saved
     from kdjax.training.sources import Stream
+    from kdjax.training.student import make_student
 
     if not config.data.eval:
         raise UserError("data.eval is empty: name the held-out rows, as in data.eval=[{path: rows.jsonl}]")
@@ -59,7 +59,7 @@ def evaluate(
     keep_compiled(config.train.compilation_cache, lambda line: print(line, file=sys.stderr))
     with Stream(config, log=Path(config.output) / "evaluate.log") as stream:
         if model is not None:
-            student = load_model(model, mesh=stream.mesh, dtype=config.student.dtype)
+            student = make_student(config, stream.mesh)
         else:
             student = load_saved(Path(run or config.output), config, step=step, best=best, mesh=stream.mesh)
         stream.wait_ready()

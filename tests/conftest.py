@@ -124,12 +124,12 @@ def local_engines(monkeypatch):
 
     started = []
 
-    def start(model, **options):
+    def start(model, key, **options):
         started.append(LocalEngine(model, **options))
         return started[-1]
 
     for module in ("training.teacher", "rollouts.engines"):
-        monkeypatch.setattr(f"kdjax.{module}.start_engine", start)
+        monkeypatch.setattr(f"kdjax.{module}.started", start)
     return started
 
 

@@ -45,6 +45,7 @@ class LocalEngine(RemoteEngine):
             raise EngineError(f"{self._name()} is closed")
         mend_torchvision()
         self.holds, self._server, self.starts = None, Host(self.spec), self.starts + 1
+        self.max_tokens = self._server.max_tokens
 
     def _stop(self):
         self._server = None

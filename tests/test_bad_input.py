@@ -96,7 +96,7 @@ def test_configuration_files(tmp_path, monkeypatch, capfd, content, words):
     ids=lambda value: "-".join(f"{k}.{next(iter(v))}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_values_that_cannot_work(values, capfd, monkeypatch, groups, words):
-    for loader in ("training.student.load_model", "training.teacher.start_engine", "rollouts.engines.start_engine"):
+    for loader in ("training.student.load_model", "training.teacher.started", "rollouts.engines.started"):
         monkeypatch.setattr(f"kdjax.{loader}", lambda *_, **__: pytest.fail("something was loaded"))
     refused(changed(values, **groups), capfd, *words)
 
@@ -107,6 +107,15 @@ def test_the_teachers_positions_are_known_before_its_weights_are_read(values, tm
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 128}))
     words = "data.max_len=256 is beyond the teacher's 128 positions; lower it"
     refused(changed(values, teacher={"path": str(tmp_path / "teacher")}), capfd, words)
+
+
+def test_an_engine_that_takes_less_than_the_teachers_positions_says_so_as_it_starts(values, local_engines, monkeypatch):
+    """SGLang keeps some of them: without this the first document that is cut to max_len would end the run"""
+    from local_engine import LocalEngine
+
+    monkeypatch.setattr(LocalEngine, "wait_ready", lambda self: setattr(self, "max_tokens", 250))
+    with pytest.raises(UserError, match="data.max_len=256 is beyond the 250 tokens that the teacher's engine takes"):
+        go(values)
 
 
 # The data

@@ -92,7 +92,7 @@ def student(monkeypatch, tmp_path):
 def test_each_of_the_students_engines_has_gpus_of_its_own(student, monkeypatch, tmp_path, args, first, device):
     started = []
     monkeypatch.setattr("kdjax.rollouts.engines.engine_device", lambda: device)
-    monkeypatch.setattr("kdjax.rollouts.engines.start_engine", lambda model, **spec: started.append(spec["options"]))
+    monkeypatch.setattr("kdjax.rollouts.engines.started", lambda model, key, **spec: started.append(spec["options"]))
     values = {"teacher": {"path": "t"}, "student": {"path": "s"}, "data": DATA}
     config = from_dict(values | {"rollout": {"engines": 3, "tp": 2, "args": args}})
     StudentEngines(config, SimpleNamespace(model=None), tmp_path, tell=print)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import kdjax.generation.answers
 from bridge.engine import Completion
-from bridge.errors import EngineError
+from bridge.errors import EngineError, PromptError
 from kdjax.config import from_dict
 from kdjax.data import DataStream, load_tokenizer
 from kdjax.errors import UserError
@@ -34,7 +34,7 @@ class Scripted:
         self.asked, self.started, self.restarted, self.faults = [], 0, 0, []
         self.spec, self.sampling, self.pid, self.log = None, None, 1, "engine.log"
 
-    def start(self, model, **spec):
+    def start(self, model, key, **spec):
         self.started, self.spec = self.started + 1, SimpleNamespace(model=model, **spec)
         return self
 
@@ -72,7 +72,7 @@ class Scripted:
 def scripted(monkeypatch):
     def use(answer):
         engine = Scripted(answer)
-        monkeypatch.setattr(kdjax.generation.answers, "start_engine", engine.start)
+        monkeypatch.setattr(kdjax.generation.answers, "started", engine.start)
         return engine
 
     return use
@@ -329,7 +329,7 @@ def test_a_task_that_asks_nothing_leaves_earlier_answers_alone(values, scripted)
 @pytest.mark.parametrize(("path", "whose"), [(None, "teacher"), ("other", "model")])
 def test_what_the_engine_refuses_names_whose_it_is(values, scripted, path, whose):
     def refuse(prompt, number):
-        raise ValueError("a prompt of 9 tokens")
+        raise PromptError("a prompt of 9 tokens")
 
     scripted(refuse)
     model, values["teacher"]["path"] = values["teacher"]["path"], path or values["teacher"]["path"]

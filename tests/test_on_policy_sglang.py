@@ -23,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("devices_as_asked")
 def test_weights_arrive_and_a_killed_engine_comes_back_with_them(on_policy_values, tmp_path, monkeypatch):
     from local_engine import LocalEngine
 
-    monkeypatch.setattr(
-        "kdjax.training.teacher.start_engine", LocalEngine
-    )  # the teacher; the student's is the real one
+    # the teacher alone; the student's is the real one
+    monkeypatch.setattr("kdjax.training.teacher.started", lambda model, key, **how: LocalEngine(model, **how))
     on_policy_values["rollout"] |= {"engine": "sglang", "threads": 1, "args": {"max_total_tokens": 4096}}
     on_policy_values["train"] |= {"steps": 4, "learning_rate": 1e-2}
     config = from_dict(on_policy_values)

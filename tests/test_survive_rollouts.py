@@ -9,6 +9,7 @@ import pytest
 from run_tools import Watcher, go, losses, traces, wait_until
 from test_on_policy import rollouts
 
+from kdjax.engines import started
 from kdjax.rollouts.engines import StudentEngines
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
@@ -56,10 +57,8 @@ def freeze_and_kill(engine):
 def test_killed_or_hung_as_it_writes(
     on_policy_values, tmp_path, undisturbed, local_engines, monkeypatch, temporary, kind
 ):
-    from bridge.client import start_engine
-
     expected = reference(undisturbed, on_policy_values, tmp_path)
-    monkeypatch.setattr("kdjax.rollouts.engines.start_engine", start_engine)  # the student's in a process of its own
+    monkeypatch.setattr("kdjax.rollouts.engines.started", started)  # the student's in a process of its own
     before_writing(monkeypatch, {1: freeze_and_kill, 3: freeze})
     on_policy_values["rollout"] |= {"engine": kind, "threads": 1, "timeout": 5.0}
     if kind == "sglang":

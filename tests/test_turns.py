@@ -157,7 +157,7 @@ def test_what_is_to_stay_resident_stays_outside_its_turn():
     values |= {"data": {"train": [{"path": "rows.jsonl"}]}, "rollout": {"resident": ["kv_cache"]}}
     log, stream = [], object.__new__(Stream)
     stream.config, stream.data, stream.self_teacher = from_dict(values), None, None
-    stream.engine = SimpleNamespace(remote=Engine("teacher", log))
+    stream.engine = SimpleNamespace(remote=Engine("teacher", log), wait_ready=lambda: None)
     stream.attach(SimpleNamespace())
     stream.turns.join("student", [Engine("student", log)])
     assert log == ["teacher sleeps: kv_cache", "student sleeps: weights"]

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,17 +18,18 @@ from jaxtyping import Int32
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bridge.checkpoint import read_facts
-from bridge.client import RemoteEngine, start_engine
+from bridge.client import RemoteEngine
 from bridge.engine import Completion, Sampling
 from kdjax.config import Config, SourceConfig
 from kdjax.data.formats import RowError
 from kdjax.data.prompts import Prompt, Prompts, response_text
 from kdjax.data.vocabulary import load_tokenizer, valid_ids
-from kdjax.engines import Revived, engine_device, engine_dtype, engine_options
+from kdjax.engines import Revived, engine_device, engine_dtype, engine_options, started
 from kdjax.errors import UserError
 from kdjax.folders import resolve
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
+from kdjax.models import teacher_shape
 from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.progress import Display
 
@@ -88,7 +88,11 @@ class Answers:
             raise UserError(f"{model}: no model in this folder (config.json is missing)")
         self.tokenizer = load_tokenizer(self.folder)
         self.prompts = Prompts(sources, config.data, self.tokenizer)
-        self._limit, facts = _prompt_limit(config, self.folder), read_facts(self.folder)
+        self._limit = _prompt_limit(config, self.folder)
+        try:
+            facts = read_facts(self.folder)
+        except ValueError as error:
+            raise UserError(f"{model}: {error}") from None
         end = self.tokenizer.eos_token_id
         self.sampling = Sampling(
             max_new_tokens=settings.max_new_tokens,
@@ -198,8 +202,9 @@ class Answers:
     def _engine(self, log: Path) -> RemoteEngine:
         """The engine that ``teacher`` describes, with this model in it."""
         teacher, device = self.config.teacher, engine_device()
-        return start_engine(
+        return started(
             self.folder,
+            "model",
             kind=teacher.engine,
             log=log,
             dtype=engine_dtype(teacher.dtype, device),
@@ -210,7 +215,6 @@ class Answers:
             options=engine_options(teacher) if self._is_teacher else {},
             start_timeout=teacher.start_timeout,
             call_timeout=self.config.generate.timeout,
-            wait=False,
         )
 
     def _write_batch(self, engine: Revived, progress: _Progress) -> None:
@@ -230,7 +234,7 @@ class Answers:
 
     def _complete(self, engine: Revived, asked: list[Prompt], number: int) -> list[Completion]:
         seed = int(np.random.SeedSequence([self.sampling.seed, number]).generate_state(1)[0])
-        sampling = Sampling(**{**asdict(self.sampling), "seed": seed})
+        sampling = replace(self.sampling, seed=seed)
         return engine.ask(lambda engine: engine.generate([self._ids(prompt) for prompt in asked], sampling))
 
     def _answer(self, prompt: Prompt, completion: Completion) -> Answer:
@@ -262,8 +266,7 @@ def _prompt_limit(config: Config, folder: Path) -> int | None:
     """Tokens that a prompt may have: as configured, else what the model's positions leave beside the answer."""
     if config.generate.prompt_max_len is not None:
         return config.generate.prompt_max_len
-    values = json.loads((folder / "config.json").read_text())
-    positions = values.get("text_config", values).get("max_position_embeddings")
+    positions = teacher_shape(folder).max_position_embeddings
     if positions is None:
         return None
     limit = positions - config.generate.max_new_tokens - MARGIN

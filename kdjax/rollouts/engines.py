@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from bridge.checkpoint import read_facts
-from bridge.client import RemoteEngine, start_engine
+from bridge.client import RemoteEngine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
-from kdjax.engines import Revived, engine_device, engine_options, sleeping
+from kdjax.engines import Revived, engine_device, engine_options, sleeping, started
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import send, student_label
 from kdjax.training.student import export_student
@@ -67,8 +67,9 @@ class StudentEngines:
         try:
             for number in range(rollout.engines):
                 self.engines.append(
-                    start_engine(
+                    started(
                         model,
+                        "student",
                         kind=rollout.engine,
                         log=folder / f"student{number}.log",
                         dtype=self.dtype,
@@ -79,7 +80,6 @@ class StudentEngines:
                         options=engine_options(rollout, sleeps, first_gpu=number * gpus),
                         start_timeout=rollout.start_timeout,
                         call_timeout=rollout.timeout,
-                        wait=False,
                     )
                 )
         except BaseException:  # an interrupt too: nobody else knows of the engines begun

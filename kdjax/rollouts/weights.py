@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from bridge.client import RemoteEngine
 from bridge.errors import EngineError
+from kdjax.errors import UserError
 from kdjax.models import hf_tensors
 
 
@@ -57,11 +58,14 @@ def send(
 ) -> None:
     """Give ``engine`` the weights of ``model`` as of step ``version``; ``label`` is what it then ``holds``.
 
-    Raises EngineError that says ``whose`` they are and names the tensor where it broke off.
+    Raises UserError for a tensor beyond ``bucket_bytes``, EngineError that says ``whose`` they are and names the tensor
+    where it broke off.
     """
     tensors = EngineTensors(model, engine.spec.dtype, engine_device=engine.spec.device)
     try:
         engine.update_weights(tensors, version=version, bucket_bytes=bucket_bytes, label=label, gpu=tensors.gpu)
+    except ValueError as error:  # a tensor that is larger than the bucket
+        raise UserError(f"rollout.bucket_bytes: {error}") from None
     except EngineError as error:
         raise EngineError(
             f"the {whose}'s weights of step {version} did not reach its engine, it broke off at {tensors.last}: {error}"

@@ -274,9 +274,9 @@ class Stream:
         self.data.restore(position)
 
     def wait_ready(self) -> None:
-        """Until the teacher answers. Raises EngineError when it does not start in time."""
+        """Until the teacher answers. Raises as ``TeacherEngine.wait_ready``."""
         if self.engine is not None:
-            self.engine.remote.wait_ready()
+            self.engine.wait_ready()
 
     def held_out(self) -> list[HostBatch]:
         """Every held-out row once, read and laid out; needs no teacher."""

@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
-from bridge.client import RemoteEngine, start_engine
+from bridge.client import RemoteEngine
 from bridge.engine import Prefill
 from bridge.hidden_pool import HiddenPool, Lease
 from kdjax.config import Config
 from kdjax.data import HostBatch
-from kdjax.engines import Revived, engine_device, engine_dtype, engine_options, sleeping
+from kdjax.engines import Revived, engine_device, engine_dtype, engine_options, sleeping, started
 from kdjax.errors import UserError
 from kdjax.folders import resolve
 from kdjax.models import teacher_head, teacher_shape
@@ -52,7 +52,7 @@ class TeacherEngine:
         self.head = teacher_head(folder, mesh=mesh, rules=Rules(), dtype=dtype)
         self.before: Callable[[], None] = lambda: None
         self.restarted: Callable[[RemoteEngine], None] = lambda engine: None
-        self._timeout, self._slots = teacher.timeout, slots
+        self._timeout, self._slots, self._longest = teacher.timeout, slots, config.data.max_len
         train = config.train
         self._slot_rows = (train.tokens_per_batch or train.batch_size * config.data.max_len) // shards
         self._lent: deque[tuple[jax.Array, Lease]] = deque()
@@ -66,27 +66,33 @@ class TeacherEngine:
                 on=_gpus_of_shards(mesh, shards),
             )
             opened.callback(self.pool.close)
-            try:
-                self.remote = start_engine(
-                    folder,
-                    kind=teacher.engine,
-                    pool=self.pool,
-                    log=log,
-                    device=device,
-                    seed=config.train.seed,
-                    mem_fraction=teacher.mem_fraction,
-                    threads=teacher.threads,
-                    start_timeout=teacher.start_timeout,
-                    call_timeout=teacher.timeout,
-                    options=engine_options(teacher, sleeping(config, device)),
-                    wait=False,
-                )
-            except ValueError as error:
-                raise UserError(f"teacher.path: {error}") from None
+            self.remote = started(
+                folder,
+                "teacher.path",
+                kind=teacher.engine,
+                pool=self.pool,
+                log=log,
+                device=device,
+                seed=config.train.seed,
+                mem_fraction=teacher.mem_fraction,
+                threads=teacher.threads,
+                start_timeout=teacher.start_timeout,
+                call_timeout=teacher.timeout,
+                options=engine_options(teacher, sleeping(config, device)),
+            )
             opened.callback(self.remote.close, timeout=CLOSE_SECONDS)
             self.revived = Revived(self.remote, teacher.restarts, tell, lambda engine: self.restarted(engine))
             opened.callback(self.revived.end)
             self._opened = opened.pop_all()
+
+    def wait_ready(self) -> None:
+        """Until the engine answers. Raises EngineError when it does not in time, UserError when it takes too little."""
+        self.remote.wait_ready()
+        if self._longest > self.remote.max_tokens:
+            raise UserError(
+                f"data.max_len={self._longest} is beyond the {self.remote.max_tokens} tokens that the teacher's engine "
+                f"takes (of its positions SGLang keeps a few); lower it, or raise what limits it in teacher.args"
+            )
 
     def consult(self, host: HostBatch) -> tuple[Lease, float]:
         """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took.
