@@ -156,12 +156,17 @@ class RemoteEngine:
         with self._turn:
             self.holds = None
             self.wait_ready()  # the start has a deadline of its own
-            deadline = time.monotonic() + (self.call_timeout if timeout is None else timeout)
-            self._call("weights_begin", (), deadline - time.monotonic())
+            timeout = self.call_timeout if timeout is None else timeout
+            deadline = time.monotonic() + timeout  # of all together
+            self._call("weights_begin", (), timeout, deadline)
             bucket = self._bucket(-(-size // ALIGNMENT) * ALIGNMENT, gpu)
             for entries in bucket.fill(tensors):
-                self._call("weights_bucket", (bucket.spec, entries), deadline - time.monotonic())
-            self._call("weights_end", (version,), deadline - time.monotonic())
+                try:
+                    self._call("weights_bucket", (bucket.spec, entries), timeout, deadline)
+                except EngineError as error:
+                    names = " to ".join(dict.fromkeys([entries[0].name, entries[-1].name]))
+                    raise EngineError(f"it broke off at {names}: {error}") from None
+            self._call("weights_end", (version,), timeout, deadline)
             self.holds = label
 
     def sleep(self, tags: Sequence[str] | None = None, timeout: float | None = None) -> None:
@@ -261,11 +266,12 @@ class RemoteEngine:
                 server.ready = True
             return server
 
-    def _call(self, method: str, args: tuple, timeout: float | None) -> Any:
+    def _call(self, method: str, args: tuple, timeout: float | None, deadline: float | None = None) -> Any:
+        """the answer within `timeout` seconds, or by the `deadline` that several calls of that timeout share"""
         timeout = self.call_timeout if timeout is None else timeout
         with self._turn:
             server = self._ready(method)
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + timeout if deadline is None else deadline
             self._send(server, server.work, (method, args), timeout, method)
             return self._receive(server, server.work, deadline, method, timeout)
 

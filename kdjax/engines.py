@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,13 +23,16 @@ from kdjax.errors import UserError, first_line
 Answer = TypeVar("Answer")
 
 JAX_SHARE = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # the name that JAX 0.10 knows, and the later
+JAX_ON_GPUS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 OTHERS_SHARE, LEAST_SHARE = 0.1, 0.1  # for the pool, engines' activations and CUDA; for a student at least
 
 
 def engine_device() -> str:
-    """``cuda`` where an NVIDIA driver answers, unless ``JAX_PLATFORMS`` tells JAX to keep off GPUs; else ``cpu``."""
+    """``cuda`` where an NVIDIA driver answers and JAX goes there too, by its packages and ``JAX_PLATFORMS``; else
+    ``cpu``."""
     platforms = jax.config.jax_platforms
-    return "cpu" if platforms and not {"cuda", "gpu"} & set(platforms.split(",")) else default_device()
+    kept_off = platforms and not {"cuda", "gpu"} & set(platforms.split(","))
+    return "cpu" if kept_off or not any(map(find_spec, JAX_ON_GPUS)) else default_device()
 
 
 def leave_room(config: Config) -> None:
@@ -48,6 +52,12 @@ def leave_room(config: Config) -> None:
 def engine_dtype(dtype: str, device: str) -> str:
     """What an engine computes in: ``auto`` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 may be slow."""
     return {"cpu": "float32", "cuda": "bfloat16"}[device] if dtype == "auto" else dtype
+
+
+def computes_bfloat16(about: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has instructions for bfloat16 (AMX, AVX512-BF16, Arm's); without them it is slow."""
+    words = set(about.read_text().split()) if about.exists() else set()
+    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def sleeping(config: Config, device: str) -> dict[str, Any]:
@@ -85,6 +95,16 @@ def started(model: Path, key: str, **how: Any) -> RemoteEngine:
         return start_engine(model, wait=False, **how)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def wait_ready(engine: RemoteEngine, longest: int, whose: str, key: str) -> None:
+    """Until ``engine`` answers. Raises UserError where it does not take documents of ``longest`` tokens."""
+    engine.wait_ready()
+    if longest > engine.max_tokens:
+        raise UserError(
+            f"data.max_len={longest} is beyond the {engine.max_tokens} tokens that the {whose}'s engine takes (of the "
+            f"model's positions SGLang keeps a few for itself); lower it, or raise what limits the engine in {key}"
+        )
 
 
 class Revived:

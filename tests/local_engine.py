@@ -51,7 +51,7 @@ class LocalEngine(RemoteEngine):
         self._server = None
         self._let_go()
 
-    def _call(self, method, args, timeout):
+    def _call(self, method, args, timeout, deadline=None):
         with self._turn:
             self.calls.append(method)
             if method in self.hangs:

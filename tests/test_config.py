@@ -96,6 +96,7 @@ def test_a_fault_names_key_and_mend(override, words):
     ("content", "words"),
     [
         (b"train: [1, 2", ["run.yaml:", "not valid YAML"]),
+        (b"train: {steps: 1}\ndata: {}\ntrain: {batch_size: 2}\n", ["run.yaml:3", "'train' is there twice"]),
         (b"- 1\n- 2\n", ["expected a mapping", "list"]),
         (b"", ["expected a mapping"]),
         (b"\xff\xfe\x00\x01", ["cannot be read"]),
@@ -108,6 +109,13 @@ def test_a_broken_file_is_named(tmp_path, content, words):
         load_config(file)
     for word in [str(file), *words]:
         assert word in str(error.value)
+
+
+def test_a_group_of_which_all_is_commented_out_has_its_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("student: {path: s}\ndata: {train: [{path: rows.jsonl}]}\nteacher:\n  # path: t\nlog:\n")
+    assert load_config(file).teacher.path is None and load_config(file).log.every
+    assert load_config(file, ["teacher.path=t"]).teacher.path == "t"
 
 
 def test_a_missing_file_is_named():

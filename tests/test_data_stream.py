@@ -139,6 +139,12 @@ def test_counts_of_what_was_left_out(tmp_path):
     assert (seen.rows, seen.documents, seen.skipped, seen.dropped, seen.without_loss) == (4, 1, 1, 1, 1)
     assert (seen.batches, seen.tokens, seen.positions) == (1, hosts[0].tokens, 4 * 64)
     assert seen.padding == pytest.approx(hosts[0].padding / (4 * 64)) and seen.longest > 80
+    assert hosts[0].report == {"data/skipped": 1.0, "data/dropped": 1.0, "data/without_loss": 1.0}
+    assert (
+        "the first malformed row is left out; data/skipped counts them" in hosts[0].notes and len(hosts[0].notes) == 3
+    )
+    endless = stream(config(path, on_bad_row="skip"))
+    assert next(endless).notes and not next(endless).notes  # told once, and counted on
     cut = stream(config(path, on_bad_row="skip", on_long_row="truncate"), epochs=1)
     lengths = sorted(len(p.document) for host in cut for p in host.documents)
     assert lengths[-1] == 64 and cut.statistics.truncated == 1 and cut.statistics.dropped == 0

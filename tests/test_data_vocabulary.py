@@ -65,7 +65,7 @@ def test_special_tokens_of_one_side_are_listed():
 def test_ordinary_tokens_that_differ_are_refused(teacher, reason):
     with pytest.raises(UserError, match=reason) as raised:
         compare_vocabularies(Words(WORDS), teacher)
-    assert "simple_ctkd" in str(raised.value) and "dskd" in str(raised.value)
+    assert "use a teacher with the student's tokenizer" in str(raised.value)
 
 
 def test_a_renamed_special_needs_the_map():

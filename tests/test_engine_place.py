@@ -18,11 +18,13 @@ DATA = {"train": [{"path": "rows.jsonl"}]}
 
 
 @pytest.mark.parametrize("driver", ["cpu", "cuda"])
+@pytest.mark.parametrize("plugin", [None, "jax_cuda13_plugin"])
 @pytest.mark.parametrize(("told", "kept_off"), [(None, False), ("cpu", True), ("cuda", False), ("gpu,cpu", False)])
-def test_engines_run_where_the_driver_answers_and_jax_may_go(monkeypatch, driver, told, kept_off):
+def test_engines_run_where_the_driver_answers_and_jax_may_go(monkeypatch, driver, plugin, told, kept_off):
+    monkeypatch.setattr(kdjax.engines, "find_spec", lambda name: name == plugin)
     monkeypatch.setattr(kdjax.engines, "default_device", lambda: driver)
     monkeypatch.setattr(kdjax.engines.jax, "config", SimpleNamespace(jax_platforms=told))
-    assert engine_device() == ("cpu" if kept_off else driver)
+    assert engine_device() == ("cpu" if kept_off or plugin is None else driver)
 
 
 @pytest.mark.parametrize(

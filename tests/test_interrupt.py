@@ -242,6 +242,7 @@ def hanging(hangs, **more):
     stream.data.engines = SimpleNamespace(follow=does["follow"], kill=killed.set)
     stream.config = SimpleNamespace(colocate=False, train=SimpleNamespace(**more))
     stream.engine = stream.self_teacher = stream._taken = stream._step = None
+    stream._begun, stream.steps = True, None
     stream._worker, stream._sender = Ahead(does["produce"], 0), Ahead(stream._send, 0)
     return stream, begun.is_set, ended
 

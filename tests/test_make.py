@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +12,10 @@ CPU = [
     "pip -r requirements/cpu.txt",
     "pip --no-deps -e .",
 ]
-QUICKSTART = "python -m kdjax.train --config configs/quickstart.yaml overwrite=true on GPU 0"
+GPU = ["pip -c requirements/gpu-constraints.txt -e .[gpu,test,docs,wandb]"]
+TRAIN = "python -m kdjax.train --config configs/quickstart.yaml"
+QUICKSTART = f"{TRAIN} overwrite=false on GPU 0"
+ANEW = "made anew"
 PYTHON = """echo "python $@${CUDA_VISIBLE_DEVICES:+ on GPU $CUDA_VISIBLE_DEVICES}"
 case "$*" in *"import liger_kernel"*) exit 1; esac"""
 
@@ -31,17 +33,25 @@ def make(root, tmp_path):
         file.chmod(0o755)
 
     stand_in(tmp_path / ".venv" / "bin" / "python", PYTHON)
+    stand_in(tmp_path / ".venv" / "bin" / "pip", "exit 1")
 
-    def run(target, gpu=False):
-        stand_in(tmp_path / "tools" / "nvidia-smi", f"exit {0 if gpu else 1}")
-        command = ["make", "-s", target, f"PYTHON={sys.executable}", "PIP=echo pip"]
+    # the Python that makes an environment says so, and answers every question with yes
+    stand_in(tmp_path / "tools" / "python9", f'test "$1" = -c || echo "{ANEW}"')
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags: avx512f avx512_bf16 amx_bf16\n")
+
+    def run(target, *more, driver=None):
+        stand_in(tmp_path / "tools" / "nvidia-smi", "exit 1" if driver is None else f"echo {driver}")
+        command = ["make", "-s", target, f"PYTHON={tmp_path / 'tools' / 'python9'}", "PIP=echo pip"]
+        command += [f"CPUINFO={cpuinfo}", *more]
         # What runs these tests says nothing to what they run.
         outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PARALLEL", "VENV", "CUDA_VISIBLE_DEVICES"}
+        outer |= {"PYTHON", "DEVICE"}
         environment = {name: value for name, value in os.environ.items() if name not in outer}
         environment["PATH"] = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return [line for line in done.stdout.splitlines() if line.startswith(("pip ", "python "))]
+        return [line.strip() for line in done.stdout.splitlines() if line.startswith(("pip ", "python ", ANEW))]
 
     return run
 
@@ -54,12 +64,41 @@ def test_the_quickstart_sets_up_first_and_once(make, tmp_path):
     assert make("quickstart") == [*CPU, QUICKSTART]
 
 
+def test_an_interrupted_quickstart_goes_on_and_a_finished_one_begins_anew(make, tmp_path):
+    assert make("quickstart")[-1] == f"{TRAIN} overwrite=false on GPU 0"
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "result.json").touch()
+    assert make("quickstart")[-1] == f"{TRAIN} overwrite=true on GPU 0"
+
+
+def test_a_cpu_without_bfloat16_gets_a_teacher_in_what_it_is_fast_at(make, tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("flags: avx2\n")
+    assert make("quickstart", f"CPUINFO={plain}")[-1] == f"{TRAIN} overwrite=false teacher.dtype=auto on GPU 0"
+    assert "dtype" not in make("quickstart", f"CPUINFO={plain}", driver="580.65.06")[-1]
+
+
 def test_a_machine_with_a_gpu_gets_its_packages(make):
-    assert make("setup", gpu=True) == ["pip -c requirements/gpu-constraints.txt -e .[gpu,test,docs,wandb]"]
+    assert make("setup", driver="580.65.06") == GPU
+    assert make("setup", driver="580.65.06") == []
+
+
+def test_a_gpu_whose_driver_is_too_old_is_left_alone(make):
+    assert make("setup", driver="575.57.08") == CPU
+
+
+def test_an_environment_for_another_kind_of_device_is_made_anew(make):
+    assert make("setup", "DEVICE=cpu", driver="580.65.06") == CPU
+    assert make("setup", driver="580.65.06") == [ANEW, *GPU]
+
+
+def test_an_environment_that_was_interrupted_before_it_had_pip_is_made_anew(make, tmp_path):
+    (tmp_path / ".venv" / "bin" / "pip").unlink()
+    assert make("setup") == [ANEW, *CPU]
 
 
 def test_a_benchmark_on_a_gpu_has_ligers_loss_beside_ours(make):
-    *_, liger, measured = make("gpu", gpu=True)
+    *_, liger, measured = make("gpu", driver="580.65.06")
     assert liger == "pip --no-deps -c requirements/gpu-constraints.txt liger-kernel"
     assert measured == "python -m benchmarks.gpu"
 

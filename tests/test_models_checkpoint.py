@@ -118,6 +118,9 @@ def test_exported_folder_is_complete(saved, tmp_path):
     assert (config["num_hidden_layers"], config["dtype"], config["eos_token_id"]) == (2, "bfloat16", [3, 5])
     assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == 8.0
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.7
+    ended = json.loads((export_hf(model, out, source=source, stop_ids=[9]) / "generation_config.json").read_text())
+    assert (ended["temperature"], ended["eos_token_id"]) == (0.7, [3, 5, 9])
+    export_hf(model, out, source=source, dtype="bfloat16")
     assert (out / "chat_template.jinja").read_text() == "the source's chat_template.jinja"
     assert sorted(p.name for p in out.iterdir()) == [
         "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",

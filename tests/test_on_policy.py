@@ -145,8 +145,8 @@ def test_a_sync_that_hangs_again_and_again_ends_the_run_with_the_tensor_and_it_g
         patched.setattr(StudentEngines, "generate", strike)
         with pytest.raises(EngineError) as caught:
             go(on_policy_values)
-    told = r"the student's weights of step 4 did not reach its engine, it broke off at \S+: engine .*student "
-    assert re.match(told + r"gave no answer to weights_bucket within \d+ s and was stopped\n", str(caught.value))
+    told = r"the student's weights of step 4 did not reach its engine: it broke off at \S+ to \S+: engine .*student "
+    assert re.match(told + r"gave no answer to weights_bucket within 60 s and was stopped\n", str(caught.value))
     assert "(started again 2 times; rollout.restarts)\nsaved step 4; run the same" in str(caught.value)
     assert go(on_policy_values).steps == 6
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5, 6]
@@ -174,6 +174,26 @@ def test_rows_of_the_data_are_mixed_in(on_policy_values, tmp_path):
     go(on_policy_values)
     assert max(metrics(tmp_path / "run", "ce")) > 1
     assert max(metrics(tmp_path / "run", "rollout/k3")) < 1e-6
+
+
+def test_what_a_step_has_no_rows_of_is_not_told_as_nothing(on_policy_values, tmp_path):
+    """with prompts that come by one, a step has a row of the data or a response, never both"""
+    on_policy_values["distill"] |= {"on_policy_fraction": 0.5, "kd_ratio": 0.7}
+    on_policy_values["data"]["max_len"] = 400
+    on_policy_values["rollout"]["prompts"] = 1
+    go(on_policy_values)
+    steps = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    kinds = [("ce" in r, "rollout/k3" in r, "rollout/entropy" in r) for r in steps]
+    assert set(kinds) == {(True, False, False), (False, True, True)}
+
+
+def test_nothing_is_written_that_no_step_learns_from(on_policy_values, tmp_path):
+    on_policy_values["rollout"] |= {"max_staleness": 2, "max_k3": 1.0}
+    on_policy_values["distill"].pop("kd_ratio")
+    assert from_dict(on_policy_values).distill.kd_ratio == 1.0  # there is no row for cross-entropy
+    go(on_policy_values)
+    assert len(list((tmp_path / "run" / "rollouts").iterdir())) == 6
+    assert not metrics(tmp_path / "run", "ce")
 
 
 @pytest.mark.parametrize(("staleness", "every"), [(1, 1), (2, 2)])
@@ -265,6 +285,12 @@ def test_policy_gradient_refuses_what_would_be_wrong(on_policy_values, distill, 
         ({"teacher": {}}, "judged by a teacher"),
         ({"rollout": {"reward": "gsm8k"}}, "compares responses to one prompt"),
         ({"teacher": {"path": "t", "update_every": 1, "dp": 2}}, "where there are several copies; set teacher.dp=1"),
+        ({"teacher": {"path": "t", "update_every": 1, "quantization": "fp8"}}, "teacher.quantization=fp8: a quantized"),
+        ({"rollout": {"max_new_tokens": 8, "args": {"quantization": "fp8"}}}, "rollout.args.quantization=fp8: a quant"),
+        (
+            {"distill": {"on_policy_fraction": 1.0, "algorithm": "policy_gradient", "loss": "jsd"}},
+            "policy_gradient learns from its signal alone",
+        ),
         ({"colocate": True, "rollout": {"max_staleness": 2, "max_new_tokens": 8}}, "colocate takes turns"),
     ],
 )

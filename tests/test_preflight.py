@@ -145,6 +145,10 @@ def test_chat_templates_that_disagree_are_told():
     bare = copy(family("qwen3"))
     bare.chat_template = None
     assert told("qwen2.5", bare) == ["warning: the teacher has no chat template of its own; it reads the student's"]
+    given = {"chat_template": str(TEMPLATES / "gemma.jinja")}  # by the run, to a student that came without one
+    assert told("gemma", family("gemma"), **given) == []
+    (note,) = told("gemma", family("llama3"), **given)
+    assert note.startswith("warning: the teacher's own chat template shows a question otherwise than the student's")
     with pytest.raises(UserError, match="data.chat_template: none.jinja cannot be read"):
         told("qwen2.5", None, chat_template="none.jinja")
 

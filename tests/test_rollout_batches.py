@@ -334,6 +334,36 @@ def test_long_prompts_are_skipped_and_counted_or_refused(tmp_path):
         next(source(tmp_path, data={"max_len": 20}))
 
 
+def test_a_prompt_whose_responses_do_not_all_fit_a_step_is_too_long(tmp_path):
+    """two rows of 64 tokens hold four responses of 16 to a prompt of at most 16 tokens"""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("2", "say " * 14, "3")))
+    fits = {"data": {"shuffle": False}, "rollout": {"max_new_tokens": 16, "n_samples": 4}}
+    made = source(tmp_path, **fits)
+    hosts = [next(made) for _ in range(4)]
+    assert {name.rpartition(":")[2] for host in hosts for name, _ in responses(host)} == {"1", "3"}
+    assert hosts[-1].report["rollout/prompts_too_long"] >= 1
+    fits["rollout"]["on_long_prompt"] = "stop"
+    with pytest.raises(UserError, match=r"rows.jsonl:2: a prompt of \d+ tokens .* a step's 2 rows of .*=64, 4 times"):
+        refusing = source(tmp_path, **fits)
+        for _ in range(4):
+            next(refusing)
+
+
+def test_an_epoch_is_as_many_steps_as_its_prompts_fill(tmp_path):
+    made = source(tmp_path, rows=24, data={"shuffle": False})
+    estimated, taken = made.estimate_batches(2.0), 0
+    while made.state()["next_prompt"] < 48:
+        next(made)
+        taken += 1
+    assert taken == estimated
+    long_ones = [{"prompt": "say " * (20 if i % 2 else 2)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, long_ones)))
+    # The first step holds three of them, any later one that begins with a long one two.
+    few = source(tmp_path, data={"shuffle": False}, rollout={"prompts": 3, "max_new_tokens": 8})
+    assert few.estimate_batches() == 4 and few.state()["next_prompt"] == 0
+
+
 def test_few_good_rows_among_bad_ones_fill_a_step(tmp_path):
     """more bad rows in a step than there are in an epoch, since the few good ones come again and again"""
     path = tmp_path / "rows.jsonl"
@@ -434,6 +464,12 @@ def test_a_response_is_shown_below_its_question_now_and_then(tmp_path, every, sh
         assert where == f"step {number}: {first['source']}, answered in 5 tokens, ended by itself"
         assert question == f"    > say {int(first['source'].rpartition(':')[2]) - 1}"
         assert answer == f"    {first['text'].strip()}"
+
+
+def test_nothing_is_kept_for_an_algorithm_that_says_nothing_of_its_rows(tmp_path):
+    made = source(tmp_path)
+    made.learned(next(made), None)
+    assert not made._written
 
 
 def test_the_log_gets_what_the_step_found(tmp_path):

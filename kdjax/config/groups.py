@@ -186,12 +186,14 @@ class DistillConfig:
     """Registered algorithm, or `path/my.py:Class`."""
     loss: str | None = None
     """Registered divergence, or `path/my.py:function`; none means `rkl` with rollouts, even if only some, else `kl`."""
-    kd_ratio: float = Field(0.5, ge=0, le=1)
-    """Loss = (1 − kd_ratio) · cross-entropy + kd_ratio · divergence."""
+    kd_ratio: float | None = Field(None, ge=0, le=1)
+    """Loss = (1 − kd_ratio) · cross-entropy + kd_ratio · divergence; none means 0.5, or 1 with nothing but rollouts,
+    which carry no cross-entropy."""
     temperature: float = Field(1.0, gt=0)
     """Divides both logits before the divergence."""
     on_policy_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of prompts that the student answers itself; the others keep the data's response (GKD's λ)."""
+    """Share of prompts that the student answers itself (GKD's λ); the others keep the data's response, and those that
+    have none are answered in any case."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the divergence, as in `{jsd_beta: 0.9}`."""
     algorithm_args: dict[str, Any] = Field(default_factory=dict)
@@ -200,6 +202,13 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.loss is None:
             object.__setattr__(self, "loss", "rkl" if self.on_policy_fraction else "kl")
+        if self.kd_ratio is None:
+            object.__setattr__(self, "kd_ratio", 1.0 if self.on_policy_fraction == 1 else 0.5)
+        if self.algorithm == "policy_gradient" and self.on_policy_fraction and (self.loss != "rkl" or self.loss_args):
+            raise ValueError(
+                "distill.loss and loss_args are for divergences; policy_gradient learns from its signal alone: leave "
+                "them out, and set algorithm_args.signal"
+            )
 
 
 @group

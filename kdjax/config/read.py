@@ -35,6 +35,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Check plain nested values and freeze them. Raises UserError on the first fault, named by its dotted key."""
+    groups = {name for name, info in Config.__pydantic_fields__.items() if _group_of(info.annotation)}
+    # A group with everything below it commented out is there with its defaults.
+    values = {key: {} if value is None and key in groups else value for key, value in values.items()}
     _refuse_unknown(Config, values, "")
     try:
         return pydantic.TypeAdapter(Config).validate_python(values)
@@ -68,6 +71,15 @@ def reference(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, str, 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-4`` as a string; learning rates are written that way, so read it as the number it is."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Refuses a key that comes twice, of which YAML would drop the first with all below it."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -95,7 +107,9 @@ def _assign(values: dict, keys: list[str], value: Any, override: str) -> None:
         if isinstance(values, list):
             values = values[_index(key, values, override)]
         else:
-            values = values.setdefault(key, {})
+            if values.get(key) is None:  # a group of which nothing is set, or all is commented out
+                values[key] = {}
+            values = values[key]
         if not isinstance(values, (dict, list)):
             raise UserError(f"override {override!r}: {key!r} is not a group")
     values[_index(keys[-1], values, override) if isinstance(values, list) else keys[-1]] = value

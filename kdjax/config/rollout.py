@@ -87,6 +87,14 @@ def check_followers(config: Any) -> None:
     """Refuse what makes no sense where engines follow the student's weights. Raises ValueError."""
     if config.distill.on_policy_fraction:
         _check_on_policy(config)
+    for key, whose, follows in (
+        ("teacher.quantization", config.teacher.quantization, config.teacher.update_every is not None),
+        ("rollout.args.quantization", config.rollout.args.get("quantization"), config.distill.on_policy_fraction),
+    ):
+        if whose is not None and follows:
+            raise ValueError(
+                f"{key}={whose}: a quantized engine takes no new weights as training makes them; leave it out"
+            )
     if config.colocate and config.teacher.path is None:
         raise ValueError("colocate is for engines that share devices with the trainer: set teacher.path")
     teacher, student = config.teacher, config.student

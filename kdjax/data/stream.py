@@ -25,6 +25,15 @@ SURPLUS = 1.25
 Waiting = list[tuple[tuple[int, int], Document]]  # documents with their names: the row they are from, number within it
 
 
+# What may happen to a row or document, in words.
+LOSSES = {
+    "skipped": "malformed row is left out",
+    "dropped": "document longer than data.max_len is left out",
+    "truncated": "document longer than data.max_len is cut",
+    "without_loss": "document without a token to learn from is left out",
+}
+
+
 @dataclass
 class Statistics:
     """What the stream has read and handed out so far, for the run's report."""
@@ -51,6 +60,10 @@ class Statistics:
     """Tokens that carry loss in them."""
     positions: int = 0
     """Positions in them, padding included."""
+
+    def of_rows(self) -> dict[str, float]:
+        """What became of rows and documents that are not used as they are, by the names of metrics; none that is 0."""
+        return {f"data/{name}": float(count) for name in LOSSES if (count := getattr(self, name))}
 
     @property
     def padding(self) -> float:
@@ -130,6 +143,7 @@ class DataStream(Iterator[HostBatch]):
         self._start_group(next_row=0, waiting=[])
 
     def __next__(self) -> HostBatch:
+        before = self.statistics.of_rows()
         if self._budget is None:
             length, batch = self._seq_len, self._rows_each
             rows = list(itertools.islice(self._packed_rows(), batch * self._parts["accumulate"]))
@@ -145,7 +159,11 @@ class DataStream(Iterator[HostBatch]):
         self.statistics.tokens += host.tokens
         self.statistics.loss_tokens += host.loss_tokens
         self.statistics.positions += host.tokens + host.padding
-        return replace(host, state=self.state())
+        lost = self.statistics.of_rows()
+        first = tuple(
+            f"the first {LOSSES[name.removeprefix('data/')]}; {name} counts them" for name in lost if name not in before
+        )
+        return replace(host, state=self.state(), report=lost, notes=first)
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch: plain numbers, ready for JSON. Exact, inside a group of rows too."""

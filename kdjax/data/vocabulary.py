@@ -60,7 +60,7 @@ def compare_vocabularies(
 
     Ordinary tokens must agree exactly. Added tokens may be known to one side only. An added token with two names for
     one id must be in ``special_token_map`` (student's name → teacher's name). Raises UserError otherwise, naming an
-    example and the algorithms for vocabularies that differ.
+    example.
     """
     special_token_map = dict(special_token_map or {})
     ours, our_specials = _split(student)
@@ -68,8 +68,8 @@ def compare_vocabularies(
     differing = _first_difference(ours, theirs)
     if differing is not None:
         raise UserError(
-            f"the vocabularies differ: {differing}; use a teacher with the student's tokenizer, or a cross-tokenizer "
-            f"algorithm (distill.algorithm: simple_ctkd or dskd)"
+            f"the vocabularies differ: {differing}; use a teacher with the student's tokenizer (no algorithm here "
+            f"distils across tokenizers yet)"
         )
     for name, other in special_token_map.items():
         if our_specials.get(name) is None or our_specials[name] != their_specials.get(other):
@@ -83,12 +83,12 @@ def compare_vocabularies(
         if other != name and special_token_map.get(name) != other:
             raise UserError(
                 f"id {token_id} is {name!r} to the student and {other!r} to the teacher; if they mean the same, set "
-                f"data.special_token_map: {{{name!r}: {other!r}}}, else use distill.algorithm: simple_ctkd or dskd"
+                f"data.special_token_map: {{{name!r}: {other!r}}}, else use a teacher with the student's tokenizer"
             )
         if their_specials.get(name, token_id) != token_id:
             raise UserError(
                 f"special token {name!r} has id {token_id} for the student and {their_specials[name]} for the teacher; "
-                f"use a cross-tokenizer algorithm (distill.algorithm: simple_ctkd or dskd)"
+                f"use a teacher with the student's tokenizer"
             )
     shared = set(our_specials.values()) & set(their_specials.values())
     return VocabularyMatch(

@@ -51,6 +51,7 @@ def export_hf(
     dtype: str | None = None,
     entries: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
+    stop_ids: Collection[int] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write safetensors, config.json, generation_config.json, tokenizer files and chat template to ``out_dir``.
@@ -63,6 +64,7 @@ def export_hf(
         tokenizer: take tokenizer and template from here instead.
         dtype: of the stored weights; None keeps the parameters' dtype.
         entries: of config.json beside the shape, such as token ids, over those of ``source``.
+        stop_ids: end an answer as well, beside those in the generation settings of ``source``.
         about: what else is to be known of these weights, as JSON in ``ABOUT`` beside them.
         max_shard_bytes: tensors beyond it go into the next file, with an index.
 
@@ -85,7 +87,7 @@ def export_hf(
     try:
         work.mkdir()
         _write_weights(work, shards, hf_tensors(model, dtype), dtype)
-        _write_texts(work, model, dtype, base, texts, entries or {})
+        _write_texts(work, model, dtype, base, texts, entries or {}, stop_ids)
         if about is not None:
             _write_json(work / ABOUT, about)
         _swap(work, out)
@@ -165,7 +167,13 @@ def _write_safetensors(file: BinaryIO, shard: list[Planned], tensors: Iterator[t
 
 
 def _write_texts(
-    folder: Path, model: nnx.Module, dtype: str, base: Path | None, texts: Path | None, entries: Mapping[str, Any]
+    folder: Path,
+    model: nnx.Module,
+    dtype: str,
+    base: Path | None,
+    texts: Path | None,
+    entries: Mapping[str, Any],
+    stop_ids: Collection[int],
 ) -> None:
     said = read_json(base / "config.json") if base is not None and (base / "config.json").exists() else {}
     said |= entries
@@ -176,6 +184,12 @@ def _write_texts(
     else:
         ids = {k: said[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(k) is not None}
         _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+    if stop_ids:
+        settings = read_json(folder / GENERATION)
+        settings.pop("_from_model_config", None)
+        ends = settings.get("eos_token_id", said.get("eos_token_id"))
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        _write_json(folder / GENERATION, settings | {"eos_token_id": sorted(ends | set(stop_ids))})
     if texts is not None:
         for name in TOKENIZER_FILES:
             if (texts / name).exists():

@@ -16,7 +16,7 @@ from bridge.client import RemoteEngine
 from bridge.engine import Completion, Sampling
 from bridge.errors import EngineError
 from kdjax.config import Config
-from kdjax.engines import Revived, engine_device, engine_options, sleeping, started
+from kdjax.engines import Answer, Revived, engine_device, engine_options, sleeping, started, wait_ready
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import send, student_label
 from kdjax.training.student import export_student
@@ -51,7 +51,7 @@ class StudentEngines:
         shared: RemoteEngine | None = None,
     ) -> None:
         rollout, self._banned = config.rollout, tuple(banned_ids)
-        self._config, self._step, self._shared = rollout, step, shared
+        self._config, self._step, self._shared, self._longest = rollout, step, shared, config.data.max_len
         self.dtype = config.student.dtype if rollout.dtype == "auto" else rollout.dtype
         if shared is not None:
             self.dtype = shared.spec.dtype
@@ -90,14 +90,14 @@ class StudentEngines:
         self._revived = [Revived(engine, *restarts, **words) for engine in self.engines]
 
     def wait_ready(self) -> None:
-        """Until all answer. Raises EngineError when one does not start in time."""
+        """Until all answer. Raises EngineError when one does not in time, UserError when it takes too little."""
         for engine in self.engines:
-            engine.wait_ready()
+            wait_ready(engine, self._longest, "student", "rollout.args")
 
-    def score(self, documents: Sequence[Int32[np.ndarray, " T"]]) -> list[np.ndarray]:
-        """The first engine's log-probabilities of each document's tokens, to compare with the trainer's."""
+    def score(self, documents: Sequence[Int32[np.ndarray, " T"]]) -> list[list[np.ndarray]]:
+        """Each engine's log-probabilities of each document's tokens, to compare with the trainer's."""
         self.turns.enter("generate")
-        return self.engines[0].score(documents)
+        return [self._ask(revived, lambda engine: engine.score(documents)) for revived in self._revived]
 
     def follow(self) -> None:
         """Send the student's weights, if they are new and ``rollout.sync_every`` steps are done."""
@@ -168,20 +168,25 @@ class StudentEngines:
             seeds=tuple(seeds),
         )
 
-        def write(engine: RemoteEngine) -> list[Completion]:
+        return self._ask(revived, lambda engine: engine.generate(prompts, sampling))
+
+    def _ask(self, revived: Revived, question: Callable[[RemoteEngine], Answer]) -> Answer:
+        """The answer of an engine that runs the student: one that was started again gets its weights first."""
+
+        def asked(engine: RemoteEngine) -> Answer:
             while True:
                 with self._turn:  # while weights are under way it holds none either
                     if engine.holds is None:  # it was started again
                         self.turns.enter("resend")
                         self._send(engine)
                         self.turns.enter("generate")
-                    asked = engine.pid
-                completions = engine.generate(prompts, sampling)
+                    pid = engine.pid
+                answer = question(engine)
                 # Else the thread that sends weights has found it dead meanwhile and started it, with none sent yet.
-                if engine.pid == asked:
-                    return completions
+                if engine.pid == pid:
+                    return answer
 
-        return revived.ask(write)
+        return revived.ask(asked)
 
     def _send(self, engine: RemoteEngine) -> int:
         """Give an engine the newest weights; returns their version."""

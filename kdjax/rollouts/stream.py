@@ -84,7 +84,7 @@ class RolloutStream(Iterator[HostBatch]):
     def __next__(self) -> HostBatch:
         done, number = self._number, self._number + 1
         left_out = self._left_out()
-        asked = self._ask()
+        asked = self._ask(first=self._number == 0)
         rollouts, seconds = self._log.read(number), {}
         # For responses that stand on the disk already too: an engine that is teacher and student in turn must not be
         # given the student's weights while it is the teacher.
@@ -110,9 +110,11 @@ class RolloutStream(Iterator[HostBatch]):
             notes=(*self._first_left_out(number, left_out), *self._notes(number, asked, rollouts)),
         )
 
-    def learned(self, host: HostBatch, log_ratio: np.ndarray) -> None:
-        """Add to the step's file what the step found: log q − log p of each loss row, [A, G·N]."""
+    def learned(self, host: HostBatch, log_ratio: np.ndarray | None) -> None:
+        """Add to the step's file what the step found: log q − log p of each loss row, [A, G·N]; None: it tells none."""
         rollouts, of = self._written.pop(host.state["number"], ([], {}))
+        if log_ratio is None:
+            return
         by_shard = log_ratio.reshape(*host.batch.rows.shape)
         for placed in host.documents:
             if (rollout := of.get(placed.document)) is not None:
@@ -151,8 +153,8 @@ class RolloutStream(Iterator[HostBatch]):
     def estimate_batches(self, epochs: float = 1.0, sample: int = 4) -> int:
         """How many steps ``epochs`` passes over the prompts make, judged by the first few."""
         saved = self.state()
-        for _ in range(sample):
-            self._ask()
+        for number in range(sample):
+            self._ask(first=number == self._number == 0)
         taken = self._next - saved["next_prompt"]
         self.restore(saved)
         return max(1, round(epochs * self.rows_per_epoch * sample / taken))
@@ -169,9 +171,12 @@ class RolloutStream(Iterator[HostBatch]):
         if self.engines is not None:
             self.engines.close()
 
-    def _ask(self) -> list[Asked]:
-        """The next step's prompts, each with room for the longest responses there can be."""
-        room = np.full(self._shape["batch"] * self._shape["accumulate"], self._seq_len)
+    def _ask(self, first: bool = False) -> list[Asked]:
+        """The next step's prompts, each with room for the longest responses there can be.
+
+        The first step must have room for all that are wanted; a later one of long prompts takes the fewer that fit.
+        """
+        room = self._room()
         asked: list[Asked] = []
         unusable = 0
         while len(asked) != self._rollout.prompts:
@@ -191,14 +196,17 @@ class RolloutStream(Iterator[HostBatch]):
                     raise UserError(self._why_nothing())
             self._next += 1
         wanted = self._rollout.prompts or 1
-        # Of a run that is on its way, a step of long prompts takes the fewer that fit.
-        if len(asked) < (1 if self._number else wanted):
+        if first and len(asked) < wanted:
             raise UserError(
                 f"{wanted} prompt(s) with {self._rollout.n_samples} response(s) of up to "
                 f"{self._rollout.max_new_tokens} tokens do not fit a step of {len(room)} rows of {self._seq_len} "
                 f"tokens: raise train.batch_size or data.max_len, or lower rollout.prompts, n_samples or max_new_tokens"
             )
         return asked
+
+    def _room(self) -> np.ndarray:
+        """Free tokens in each row of a step before anything is put there."""
+        return np.full(self._shape["batch"] * self._shape["accumulate"], self._seq_len)
 
     def _lengths(self, prompt: Prompt | Fault) -> list[int]:
         """How long the prompt's documents may become; none for a prompt that is left out, which is counted."""
@@ -212,14 +220,17 @@ class RolloutStream(Iterator[HostBatch]):
             seen.dropped += not prompt.documents
             return [len(document) for document in prompt.documents]
         seen.longest = max(seen.longest, len(prompt))
-        length = len(prompt) + self._rollout.max_new_tokens
-        if length <= self._seq_len:
-            return [length] * self._rollout.n_samples
+        lengths = [len(prompt) + self._rollout.max_new_tokens] * self._rollout.n_samples
+        if _reserve(self._room(), lengths, whole=not self._config.data.packing) is not None:
+            return lengths
         if self._rollout.on_long_prompt == "stop":
+            room = f"data.max_len={self._seq_len}"
+            if lengths[0] <= self._seq_len:
+                room = f"a step's {len(self._room())} rows of {room}, {len(lengths)} times"
             raise UserError(
                 f"{prompt.source}: a prompt of {len(prompt)} tokens leaves no room for "
-                f"rollout.max_new_tokens={self._rollout.max_new_tokens} in data.max_len={self._seq_len}; raise it, or "
-                f"set rollout.on_long_prompt: skip"
+                f"rollout.max_new_tokens={self._rollout.max_new_tokens} in {room}; raise it, or set "
+                f"rollout.on_long_prompt: skip"
             )
         seen.dropped += 1
         return []

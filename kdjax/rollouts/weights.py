@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from bridge.client import RemoteEngine
 from bridge.errors import EngineError
-from kdjax.errors import UserError
 from kdjax.models import hf_tensors
 
 
@@ -23,7 +22,6 @@ class EngineTensors:
     For an engine on GPUs of this host, the student being there too, tensors stay where they are: ``gpu`` is the number
     of the one that holds them, whole, as jax Arrays. Else ``gpu`` is None and they are NumPy arrays. A sharded
     parameter is gathered one layer at a time, so besides the engine's bucket no second copy of the model exists.
-    ``last`` is the name of the tensor that was handed out last.
     """
 
     def __init__(self, model: nnx.Module, dtype: str | None = None, *, engine_device: str = "cpu") -> None:
@@ -33,11 +31,9 @@ class EngineTensors:
         on_gpus = self._device.platform == "gpu" and engine_device == "cuda"
         self.gpu = self._device.local_hardware_id if on_gpus else None
         self._gather = _gather(home.mesh) if isinstance(home, NamedSharding) and home.num_devices > 1 else None
-        self.last = "the first tensor"
 
     def __iter__(self) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
         for name, tensor in hf_tensors(self._model, self._dtype):
-            self.last = name
             yield name, np.asarray(tensor) if self.gpu is None else self.whole(tensor)
 
     def whole(self, x: jax.Array) -> jax.Array:
@@ -58,18 +54,13 @@ def send(
 ) -> None:
     """Give ``engine`` the weights of ``model`` as of step ``version``; ``label`` is what it then ``holds``.
 
-    Raises UserError for a tensor beyond ``bucket_bytes``, EngineError that says ``whose`` they are and names the tensor
-    where it broke off.
+    Raises EngineError that says ``whose`` they are and names the tensors among which it broke off.
     """
     tensors = EngineTensors(model, engine.spec.dtype, engine_device=engine.spec.device)
     try:
         engine.update_weights(tensors, version=version, bucket_bytes=bucket_bytes, label=label, gpu=tensors.gpu)
-    except ValueError as error:  # a tensor that is larger than the bucket
-        raise UserError(f"rollout.bucket_bytes: {error}") from None
     except EngineError as error:
-        raise EngineError(
-            f"the {whose}'s weights of step {version} did not reach its engine, it broke off at {tensors.last}: {error}"
-        ) from None
+        raise EngineError(f"the {whose}'s weights of step {version} did not reach its engine: {error}") from None
 
 
 def student_label(version: int) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from flax import nnx
 from bridge.errors import EngineError
 from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
+from kdjax.engines import computes_bfloat16, engine_device
 from kdjax.errors import UserError
 from kdjax.models import load_model
 from kdjax.training.about import machine, note, now
@@ -44,6 +45,12 @@ MASKED = (
     "warning: student.attention=cudnn with data.packing: the kernel takes no segments, so packed documents are kept "
     "apart by a mask of data.max_len² entries a row; with data.packing=false (and train.tokens_per_batch, but for "
     "rollouts) it needs none"
+)
+
+
+SLOW = (
+    "warning: teacher.dtype=bfloat16 on a CPU without instructions for it (AMX, AVX512-BF16) is many times slower than "
+    "float32: set teacher.dtype=auto"
 )
 
 
@@ -86,6 +93,9 @@ class _Run:
         keep_compiled(self.config.train.compilation_cache, self.display.line)
         if self.config.student.attention == "cudnn" and self.config.data.packing:
             self.display.line(MASKED)
+        if self.config.teacher.path and self.config.teacher.dtype == "bfloat16" and engine_device() == "cpu":
+            if not computes_bfloat16():
+                self.display.line(SLOW)
         with Interrupt(self.display.line, self._leave_at_once) as self.interrupt:
             try:
                 with ExitStack() as self.opened:
@@ -119,6 +129,7 @@ class _Run:
         self.stream = self.opened.enter_context(self._open_stream())
         self.checkpoints = self.opened.enter_context(Checkpoints(self.folder / "checkpoints", config.checkpoint))
         self.steps = config.train.steps or self.stream.data.estimate_batches(config.train.epochs)
+        self.stream.steps = self.steps
         held_out = self.stream.held_out()  # read now: the teacher is still starting, and faults are known early
         with display.stage("student"):
             self.model = make_student(config, self.stream.mesh)
@@ -207,6 +218,7 @@ class _Run:
             self.profiler.done(number)
             self._refuse_nonsense(number, values, batch)
             self.run_folder.keep()
+            values = _without_absent(values, batch)
             self._refuse_strangers(number, values)
             values |= batch.host.report
             for line in batch.host.notes:
@@ -290,7 +302,7 @@ class _Run:
     def _refuse_strangers(self, number: int, values: dict[str, float]) -> None:
         """Stop when the engine that writes is not the student that learns."""
         rollout = self.config.rollout
-        if self.stream.students is None:
+        if "rollout/k3" not in values:
             return
         if rollout.max_k3 is not None and not values["rollout/k3"] <= rollout.max_k3:
             self.stream.close_refusing(number)
@@ -380,6 +392,17 @@ class _Run:
         with self.display.stage("report"):
             page = write_report(self.folder)
         self.display.line(f"report: {page}")
+
+
+def _without_absent(values: dict[str, float], batch: DeviceBatch) -> dict[str, float]:
+    """What a step tells, less the terms of rows that it had none of: of rollouts or of the data. They would read 0."""
+    host = batch.host.batch
+    if "on_policy" not in host.extras:
+        return values
+    sampled = host.extras["on_policy"][host.mask] != 0
+    absent = set() if sampled.any() else {name for name in values if name.startswith("rollout/")}
+    absent |= {"ce"} if sampled.all() else set()
+    return {name: value for name, value in values.items() if name not in absent}
 
 
 class _Window:

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from bridge.client import start_engine
 from bridge.engine import Prefill
+from kdjax.config import DataConfig
 from kdjax.data import Encoder, load_tokenizer
 from kdjax.data.formats import RowError
 from kdjax.data.prepare import make_encoder
@@ -40,17 +41,16 @@ def check_teacher(stream: Any) -> float:
     """
     documents = _sample(stream)
     stream.turns.enter("prefill")
-    theirs = stream.engine.remote.score(documents)
+    theirs = stream.engine.revived.ask(lambda engine: engine.score(documents))
     rows = [len(ids) - 1 for ids in documents]
     lease = stream.engine.pool.lease([sum(rows)], timeout=stream.config.teacher.timeout)
     try:
         starts = lease.starts[0] + np.concatenate([[0], np.cumsum(rows)[:-1]])
-        stream.engine.remote.prefill(
-            [
-                Prefill(ids=ids, spans=((0, n),), row=int(start))
-                for ids, n, start in zip(documents, rows, starts, strict=True)
-            ]
-        )
+        prompts = [
+            Prefill(ids=ids, spans=((0, n),), row=int(start))
+            for ids, n, start in zip(documents, rows, starts, strict=True)
+        ]
+        stream.engine.revived.ask(lambda engine: engine.prefill(prompts))
         view = lease.view(0, device=stream.mesh.local_devices[0].local_hardware_id)
         hidden = jnp.array(jax.dlpack.from_dlpack(view, copy=False), copy=True).block_until_ready()
     finally:
@@ -109,7 +109,7 @@ def check_export(stream: Any, model: nnx.Module, folder: Path) -> Checked:
 
 
 def check_student(stream: Any, step: Any) -> list[str]:
-    """Wait for the student's engines, send them its weights, and compare what both sides say of a few prompts.
+    """Wait for the student's engines, send them its weights, and compare what each says of prompts with the trainer.
 
     Returns what a person should know about how responses end. Raises UserError when both sides disagree by more than
     ``check_teacher`` allows, or when nothing would end a response.
@@ -118,14 +118,16 @@ def check_student(stream: Any, step: Any) -> list[str]:
     students.wait_ready()
     students.follow()
     documents = _sample(stream)
-    gap = np.abs(_scores(stream, step.model, documents) - np.concatenate(students.score(documents)))
+    ours = _scores(stream, step.model, documents)
+    theirs = students.score(documents)
     stream.turns.enter("train")
     exact = students.dtype == step.model.compute.dtype == "float32"
-    if beyond := _beyond(gap, LIMITS["float32" if exact else "bfloat16"]):
-        raise UserError(
-            f"preflight: the student's engine gives log-probabilities that differ from the trainer's by {beyond}; its "
-            f"weights did not arrive, or it computes otherwise than the student"
-        )
+    for number, scores in enumerate(theirs):
+        if beyond := _beyond(np.abs(ours - np.concatenate(scores)), LIMITS["float32" if exact else "bfloat16"]):
+            raise UserError(
+                f"preflight: the student's engine {number} gives log-probabilities that differ from the trainer's by "
+                f"{beyond}; its weights did not arrive, or it computes otherwise than the student"
+            )
     return check_end(stream.tokenizer, stream.config, students.stop_ids)
 
 
@@ -134,7 +136,7 @@ def check_end(tokenizer: Any, config: Any, stop_ids: set[int]) -> list[str]:
 
     Raises UserError when it is a special token and does not.
     """
-    shown = _shown(_turn_encoder(config, tokenizer))
+    shown = _shown(_turn_encoder(config.data, tokenizer))
     if shown is None or shown.end in stop_ids:
         return []
     name = tokenizer.convert_ids_to_tokens(shown.end)
@@ -153,11 +155,14 @@ def check_templates(stream: Any) -> list[str]:
 
 def compare_templates(tokenizer: Any, config: Any) -> list[str]:
     """Where the template that the teacher reads by, or else the one it came with, parts from the student's."""
-    encoder = _turn_encoder(config, tokenizer)
+    encoder = _turn_encoder(config.data, tokenizer)
     own, teacher = encoder.teacher, tokenizer
+    reads = own
     if own is None:
         teacher = load_tokenizer(config.teacher.path)
-    ours, theirs = _shown(encoder), _shown(own or _turn_encoder(config, teacher))
+        # As it came, so without the template that the run gives to both.
+        reads = _turn_encoder(replace(config.data, chat_template=None), teacher)
+    ours, theirs = _shown(encoder), _shown(reads)
     if ours is None:
         return []
     if theirs is None:
@@ -195,9 +200,9 @@ class _Shown(NamedTuple):
     end: int
 
 
-def _turn_encoder(config: Any, tokenizer: Any) -> Encoder:
+def _turn_encoder(data: DataConfig, tokenizer: Any) -> Encoder:
     """The encoder of the run, but that the mask shows where the assistant's turn ends, whatever is trained on."""
-    return make_encoder(replace(config.data, train_on="assistant"), tokenizer)
+    return make_encoder(replace(data, train_on="assistant"), tokenizer)
 
 
 def _shown(encoder: Encoder) -> _Shown | None:

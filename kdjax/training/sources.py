@@ -50,6 +50,7 @@ from kdjax.training.student import student_shape, tokenizer_path
 from kdjax.training.teacher import TeacherEngine
 
 LOG_RATIO = "rollout/kl"
+SHOWN = 8  # special tokens in a line
 
 
 @dataclass
@@ -91,6 +92,8 @@ class Stream:
         self._sender: Ahead[bool] | None = None
         self._begun = False  # whether batches are being made
         self._taken: DeviceBatch | None = None
+        self.steps: int | None = None
+        """After so many batches of a run there are no more."""
         self._given = 0  # batches, those of an earlier life of the run included
         self._step: Step | None = None
         self.turns, self._waits = Turns(), Waits()
@@ -143,7 +146,12 @@ class Stream:
     def _shared_ids(self, head: Head) -> Bool[Array, " V"]:
         """The ids that mean something to both models. Raises UserError when their vocabularies differ."""
         theirs = load_tokenizer(self.config.teacher.path)
-        compare_vocabularies(self.tokenizer, theirs, self.config.data.special_token_map)
+        match = compare_vocabularies(self.tokenizer, theirs, self.config.data.special_token_map)
+        for whose, names in (("student", match.student_only), ("teacher", match.teacher_only)):
+            if names:
+                listed = ", ".join(f"{name} ({token_id})" for name, token_id in list(names.items())[:SHOWN])
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                self._tell(f"special tokens that only the {whose} knows, masked in the divergence: {listed}{more}")
         return jax.numpy.asarray(valid_ids(theirs, head.vocabulary) & valid_ids(self.tokenizer, head.vocabulary))
 
     def __iter__(self) -> Iterator[DeviceBatch]:
@@ -154,19 +162,15 @@ class Stream:
 
     def take(self, give_up: Callable[[], Any]) -> DeviceBatch | None:
         """The next batch, or None as soon as ``give_up()`` is true while an engine is waited for."""
-        if self._worker is None:
+        if not self._begun:
             if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
             self._produced = self._given = 0 if self._step is None else self._step.number
             self._begun = True
-            self._worker = Ahead(self._produce, self._lookahead)
-            self._exit.callback(self._worker.stop)
-            if self.students is not None:
-                self._sender = Ahead(self._send, 0)
-                self._exit.callback(self._sender.stop)
         self._refuse_haste()
         self._look_back()
         with self._waits.waiting():
+            self._work()
             synced = self._follow(give_up)
             start = time.perf_counter()
             made = None if synced is None else self._worker.take(give_up)
@@ -230,6 +234,16 @@ class Stream:
         """The engines that run the student."""
         return self.data.engines if isinstance(self.data, RolloutStream) else None
 
+    def _work(self) -> None:
+        """Begin, if it is not begun, to make batches and to send weights behind the trainer's back."""
+        if self._worker is not None:
+            return
+        self._worker = Ahead(self._produce, self._lookahead)
+        self._exit.callback(self._worker.stop)
+        if self.students is not None:
+            self._sender = Ahead(self._send, 0)
+            self._exit.callback(self._sender.stop)
+
     def _follow(self, give_up: Callable[[], Any]) -> dict[str, float] | None:
         """Bring the engines that follow the student up to date; returns the seconds it took."""
         if self.config.colocate:
@@ -261,8 +275,9 @@ class Stream:
         """See what the last step found of its responses, and where devices are shared wait until it is done."""
         if self.config.colocate:
             self.engine.wait_released()
-        if self._taken is not None and LOG_RATIO in self._taken.by_row:
-            self.data.learned(self._taken.host, np.asarray(self._taken.by_row[LOG_RATIO]))
+        if self._taken is not None and isinstance(self.data, RolloutStream):
+            log_ratio = self._taken.by_row.get(LOG_RATIO)
+            self.data.learned(self._taken.host, None if log_ratio is None else np.asarray(log_ratio))
         self._taken = None
 
     def state(self) -> dict[str, Any]:
@@ -320,6 +335,8 @@ class Stream:
         return replace(batch, teacher_hidden=(self.engine.view(lease, host.batch.rows.shape, copy=copy),))
 
     def _produce(self) -> tuple[HostBatch, Lease | None, dict[str, float]]:
+        if self._produced == self.steps:  # no response is to be written that no step learns from
+            raise StopIteration
         host = next(self.data)
         self._produced += 1
         if self.self_teacher is not None:

@@ -37,9 +37,10 @@ def student_shape(config: Config) -> ModelConfig:
 def tokenizer_path(config: Config) -> str:
     """Whose tokenizer and chat template the student is trained and exported with.
 
-    A pretrained student keeps its own, so that it is really compared with the teacher's; any other takes the teacher's.
+    A student that brings its embedding along keeps its own, so that it is really compared with the teacher's; any other
+    takes the teacher's.
     """
-    student = config.student.path if config.student.init == "pretrained" else None
+    student = config.student.path if config.student.init != "random" else None
     return config.data.tokenizer or student or config.teacher.path or config.student.path
 
 
@@ -87,6 +88,7 @@ def export_student(
         source=config.student.path or config.teacher.path,
         tokenizer=tokenizer_path(config),
         dtype=dtype or config.student.export_dtype,
+        stop_ids=config.rollout.stop_ids,
         entries={k: v for k, v in config.student.config.items() if k.endswith("_token_id")},
         about=about,
     )

@@ -18,7 +18,7 @@ from bridge.engine import Prefill
 from bridge.hidden_pool import HiddenPool, Lease
 from kdjax.config import Config
 from kdjax.data import HostBatch
-from kdjax.engines import Revived, engine_device, engine_dtype, engine_options, sleeping, started
+from kdjax.engines import Revived, engine_device, engine_dtype, engine_options, sleeping, started, wait_ready
 from kdjax.errors import UserError
 from kdjax.folders import resolve
 from kdjax.models import teacher_head, teacher_shape
@@ -87,12 +87,7 @@ class TeacherEngine:
 
     def wait_ready(self) -> None:
         """Until the engine answers. Raises EngineError when it does not in time, UserError when it takes too little."""
-        self.remote.wait_ready()
-        if self._longest > self.remote.max_tokens:
-            raise UserError(
-                f"data.max_len={self._longest} is beyond the {self.remote.max_tokens} tokens that the teacher's engine "
-                f"takes (of its positions SGLang keeps a few); lower it, or raise what limits it in teacher.args"
-            )
+        wait_ready(self.remote, self._longest, "teacher", "teacher.args")
 
     def consult(self, host: HostBatch) -> tuple[Lease, float]:
         """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took.
