@@ -146,6 +146,15 @@ def test_code_compiles_and_imports_what_is_there(page):
                 assert hasattr(importlib.import_module("kdjax"), node.attr), node.attr
 
 
+def test_the_algorithm_for_rollouts_is_the_examples():
+    def arithmetic(text):
+        (found,) = (n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "KindValues")
+        return [ast.unparse(n) for n in found.body if not (isinstance(n, ast.Expr) and ast.get_docstring(found))]
+
+    (shown,) = (text for _, text in blocks(ROOT / "docs" / "algorithms.md", "python") if "KindValues" in text)
+    assert arithmetic(shown) == arithmetic((ROOT / "examples" / "own_rollout_algorithm.py").read_text())
+
+
 def test_committed_configurations_parse():
     for file in sorted((ROOT / "configs").glob("*.yaml")):
         load_config(file)
