@@ -21,7 +21,7 @@ OPENING = """\
 A run is one YAML file and, if you like, overrides behind it on the command line:
 
 ```bash
-python -m kdjax.train --config configs/quickstart.yaml train.steps=100 "data.train.0.max_samples=2000"
+python -m kdjax.train --config configs/quickstart.yaml output=runs/short train.steps=100 "data.train.0.max_samples=2000"
 ```
 
 - An override is `key=value` with a dotted key; the value is read as YAML. List entries are counted from 0.

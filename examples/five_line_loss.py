@@ -1,6 +1,6 @@
 """A divergence of one's own. Train with it from the command line, at the memory of the built-in ones:
 
-python -m kdjax.train --config configs/quickstart.yaml distill.loss=examples/five_line_loss.py:power
+python -m kdjax.train --config configs/quickstart.yaml distill.loss=examples/five_line_loss.py:power output=runs/power
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The whole of training by hand: what ``python -m kdjax.train`` does, without its logs, checkpoints and evaluation.
 
-python examples/hand_written_loop.py configs/quickstart.yaml train.steps=20
+python examples/hand_written_loop.py configs/quickstart.yaml train.steps=20 output=runs/by_hand
 """
 
 import sys

@@ -1,6 +1,7 @@
 """An algorithm of one's own: divergence plus features, through a projection that is trained with the student.
 
-python -m kdjax.train --config configs/quickstart.yaml distill.algorithm=examples/own_algorithm.py:WithFeatures
+python -m kdjax.train --config configs/quickstart.yaml output=runs/features \
+    distill.algorithm=examples/own_algorithm.py:WithFeatures
 """
 
 import jax

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from step_tools import E, config, host_batch, make, parameters, run
 
-from kdjax.algorithms import Vanilla, check_names, make_algorithm, register_algorithm
+from kdjax.algorithms import Feature, Vanilla, check_names, make_algorithm, register_algorithm
 from kdjax.errors import UserError
 from kdjax.training.step import Step
 
@@ -76,6 +76,25 @@ def test_impossible_choices_are_one_line(distill, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["feature", "sft"])
+def test_what_cannot_learn_from_rollouts_is_refused_before_anything_loads(name):
+    followed = {"distill": {"algorithm": name, "on_policy_fraction": 0.5}, "teacher": {"path": "none"}}
+    with pytest.raises(UserError, match=f"distill.algorithm={name} does not learn from rollouts") as error:
+        check_names(config(**followed))
+    assert "\n" not in str(error.value) and "on_policy_fraction=0" in str(error.value)
+    check_names(config(**followed | {"distill": {"algorithm": name}}))
+    check_names(config(**followed | {"distill": {"algorithm": "vanilla", "on_policy_fraction": 0.5}}))
+
+
+def test_what_inherits_from_one_that_cannot_may_learn_from_rollouts():
+    @register_algorithm("features of rollouts")
+    class OfRollouts(Feature):
+        pass
+
+    distill = {"algorithm": "features of rollouts", "on_policy_fraction": 1.0}
+    check_names(config(distill=distill, teacher={"path": "none"}))
 
 
 def test_an_algorithm_of_ones_own_takes_what_it_says():

@@ -24,6 +24,8 @@ ROOMS = ("kdjax", "bridge", "examples", "configs", "tests", "benchmarks", "docs"
 KEYS = {name for name, *_ in reference()}
 GROUPS = {name.partition(".")[0] for name in KEYS if "." in name}
 BASE = {"student": {"path": "student"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+# where a newcomer begins to type
+START = [page for page in PAGES if page.stem in ("README", "quickstart", "index", "own", "on_policy")]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -101,6 +103,27 @@ def test_commands_name_keys_that_exist(page):
                 assert re.sub(r"\.\d+\.", "[].", key) in KEYS, line
 
 
+@pytest.mark.parametrize("page", START, ids=lambda page: page.name)
+def test_commands_find_what_make_installed(page):
+    before, python, _ = "\n".join(text for _, text in blocks(page, "bash")).partition("python -m kdjax")
+    assert python and "source .venv/bin/activate" in before
+
+
+def quickstart_runs(file: Path) -> list[str]:
+    """what starts training with the quickstart's configuration: in a page's text, a docstring or a comment"""
+    text = re.sub(r" \\\n\s*", " ", file.read_text())
+    starts = r"(?:kdjax\.train --config |hand_written_loop\.py |load_config\(\")configs/quickstart\.yaml[^`\n]*"
+    return re.findall(starts, text)
+
+
+def test_no_command_but_makes_own_writes_into_the_quickstarts_folder():
+    """one that does is refused, or takes the report and the export that the quickstart left there"""
+    files = [*PAGES, *ROOT.glob("examples/*.py"), *ROOT.glob("configs/**/*.yaml"), *ROOT.glob("configs/**/*.md")]
+    runs = [(file.name, run) for file in files for run in quickstart_runs(file)]
+    assert {"README.md", "quickstart.md", "configuration.md", "hand_written_loop.py"} <= {name for name, _ in runs}
+    assert [run for run in runs if not re.search(r"[ \"]output=runs/(?!quickstart\b)\w", run[1])] == []
+
+
 @pages
 def test_configurations_parse(page):
     for before, text in blocks(page, "yaml"):
@@ -121,6 +144,15 @@ def test_code_compiles_and_imports_what_is_there(page):
                 assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kdjax":
                 assert hasattr(importlib.import_module("kdjax"), node.attr), node.attr
+
+
+def test_the_algorithm_for_rollouts_is_the_examples():
+    def arithmetic(text):
+        (found,) = (n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "KindValues")
+        return [ast.unparse(n) for n in found.body if not (isinstance(n, ast.Expr) and ast.get_docstring(found))]
+
+    (shown,) = (text for _, text in blocks(ROOT / "docs" / "algorithms.md", "python") if "KindValues" in text)
+    assert arithmetic(shown) == arithmetic((ROOT / "examples" / "own_rollout_algorithm.py").read_text())
 
 
 def test_committed_configurations_parse():

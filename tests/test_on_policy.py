@@ -257,6 +257,13 @@ def test_an_algorithm_that_hides_other_weights_takes_no_step(on_policy_values, r
     assert not (tmp_path / "run").exists()
 
 
+def test_an_algorithm_that_is_not_for_rollouts_starts_no_engine(on_policy_values, local_engines):
+    on_policy_values["distill"] |= {"algorithm": "feature"}
+    with pytest.raises(UserError, match="feature does not learn from rollouts"):
+        go(on_policy_values)
+    assert not local_engines
+
+
 @pytest.mark.parametrize(
     ("distill", "rollout", "message"),
     [

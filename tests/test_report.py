@@ -85,6 +85,7 @@ def test_a_finished_run(tmp_path, capsys):
             picture.verify()
             assert picture.format == "PNG" and picture.width > 600
     assert text.count("<figure") == len(names)
+    assert not [name for name in names if name.startswith("rollout")]
     # It asks for nothing but itself, and what it refers to is there.
     seen = Page(text)
     assert all(link.startswith("#") for link in seen.asks)
@@ -136,6 +137,59 @@ def test_supervised_fine_tuning_says_nothing_of_a_teacher(tmp_path):
     assert "supervised fine-tuning" in text and "KL" not in text
     assert run.parts == ["loss"]  # its only part says the same
     assert not {figure.name for figure in draw(run)} & {"held_out_kl", "kl_by_position"}
+
+
+def with_rollouts(folder, **more):
+    """A run with rollouts, of which something is recorded at every step."""
+    run = made(folder)
+    with Metrics(run, from_dict(VALUES), 40) as metrics:
+        for step in range(41, 61):
+            said = {"length": step, "eos_rate": 0.75, "truncated": 0.25, "k3": step * 1e-8, "kl": 1 / step}
+            said |= {"entropy": 2.0, "overlap": 0.5} | more
+            metrics.write(step, {f"rollout/{name}": value for name, value in said.items()})
+    return run
+
+
+def drawn_lines(figure):
+    """label → values of every line, whichever scale it is on"""
+    return {line.get_label(): list(line.get_ydata()) for axes in figure.axes for line in axes.lines}
+
+
+def test_rollouts_have_figures_of_their_own(tmp_path):
+    figures = {drawn.name: drawn.figure for drawn in draw(RunRecord.load(with_rollouts(tmp_path / "run", reward=0.5)))}
+    steps = range(41, 61)
+    assert drawn_lines(figures["rollout_responses"]) == {
+        "mean length": list(steps),
+        "ended by itself": [0.75] * 20,
+        "cut at the limit": [0.25] * 20,
+    }
+    assert drawn_lines(figures["rollout_kl"]) == {
+        "KL(student ‖ teacher)": [1 / step for step in steps],
+        "student's entropy": [2.0] * 20,
+        "teacher's top 5 shared": [0.5] * 20,
+    }
+    k3 = drawn_lines(figures["rollout_k3"])
+    assert k3["k3"] == [step * 1e-8 for step in steps] and k3["stops above 0.05"] == [0.05, 0.05]
+    assert figures["rollout_k3"].axes[0].get_yscale() == "log"
+    assert drawn_lines(figures["rollout_reward"]) == {"mean reward": [0.5] * 20}
+    for name in ("rollout_responses", "rollout_kl"):
+        left, right = figures[name].axes
+        shown = [text.get_text() for text in right.get_legend().get_texts()]
+        assert shown == list(drawn_lines(figures[name]))
+        colours = [line.get_color() for axes in (left, right) for line in axes.lines]
+        assert len(set(colours)) == 3
+
+
+def test_rollouts_without_a_reward_show_none_and_an_engine_without_a_gap_no_logarithm(tmp_path):
+    run = with_rollouts(tmp_path / "run", k3=0.0, kl=-0.25)
+    figures = {drawn.name: drawn.figure for drawn in draw(RunRecord.load(run))}
+    assert "rollout_reward" not in figures
+    assert figures["rollout_k3"].axes[0].get_yscale() == "linear"
+    assert figures["rollout_kl"].axes[0].get_ylim()[0] <= -0.25
+    page = write_report(run).read_text()
+    assert "disagreement of trainer and rollout engine" in page
+    with Image.open(run / "figures" / "rollout_kl.png") as picture:
+        picture.verify()
 
 
 def test_the_first_evaluation_alone_is_enough(tmp_path):

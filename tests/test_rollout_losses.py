@@ -1,5 +1,7 @@
 """Losses of sampled tokens: against float64 NumPy, and their expected gradients by enumerating a small vocabulary."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +156,28 @@ def test_the_expected_gradient_is_that_of_the_divergence(signal, temperature):
     forward = (q - p) / temperature
     np.testing.assert_allclose(expected, forward if signal == "k3" else reverse, atol=2e-6)
     assert np.abs(forward - reverse).max() > 1e-2  # the two are told apart
+
+
+def test_the_example_gives_each_kind_of_row_its_own_divergence(root):
+    spec = importlib.util.spec_from_file_location("own_rollouts", root / "examples" / "own_rollout_algorithm.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    r = rows(5)
+    total, by_row, grads = evaluate(example.KindValues(0.6, Sampled(1.3, 2.0)), r)
+    z, t = r["hidden"] @ r["head"], r["teacher_hidden"] @ r["teacher_head"]
+    log_q, log_p, tempered, at = log_softmax(z), log_softmax(t), log_softmax(z / 1.3), (np.arange(N), r["labels"])
+    q, p, on = np.exp(log_q), np.exp(log_p), r["on_policy"]
+    reverse = (q * (log_q - log_p)).sum(-1)
+    kd = np.where(on > 0, reverse, (p * (log_p - log_q)).sum(-1))
+    w = np.where(on > 0, np.minimum(np.exp(tempered[at] - r["behaviour_logprobs"]), 2.0), 1.0)
+    loss = 0.6 * w * (kd - on * r["advantage"] * tempered[at]) - 0.4 * (1 - on) * log_q[at]
+    assert float(total) == pytest.approx(loss[r["mask"]].sum(), rel=1e-5)
+    np.testing.assert_allclose(by_row["kd"], np.where(r["mask"], kd, 0), atol=1e-5)
+    hot, on = np.eye(V)[r["labels"]], on[:, None]
+    slope_kd = np.where(on > 0, q * (log_q - log_p - reverse[:, None]), q - p)
+    slope_reward = on * r["advantage"][:, None] * (hot - np.exp(tempered)) / 1.3
+    slope = 0.6 * w[:, None] * (slope_kd - slope_reward) + 0.4 * (1 - on) * (q - hot)
+    np.testing.assert_allclose(grads[0], (slope * r["mask"][:, None]) @ r["head"].T, atol=1e-4)
 
 
 def test_a_mesh_changes_nothing():

@@ -2,7 +2,7 @@
 
 from kdjax.algorithms.base import Frozen, Teacher, Term, check_names, make_algorithm, register_algorithm
 from kdjax.algorithms.feature import Feature
-from kdjax.algorithms.policy_gradient import PolicyGradientAlgorithm, rollout_terms
+from kdjax.algorithms.policy_gradient import PolicyGradientAlgorithm, rollout_terms, sampled_as
 from kdjax.algorithms.vanilla import SFT, Vanilla
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "make_algorithm",
     "register_algorithm",
     "rollout_terms",
+    "sampled_as",
 ]

@@ -3,7 +3,8 @@
 An algorithm is an ``nnx.Module`` built as ``Algorithm(student, teachers, config, rngs=rngs)`` and called as
 ``algorithm(student, batch) -> dict[str, Term]``. It may own ``nnx.Param``s (projectors); they are trained with the
 student. Arrays that it only reads, a teacher's head for instance, belong into ``Frozen``. A class that names in
-``arguments``, a tuple of words, what it takes of ``distill.algorithm_args``, has others refused before anything loads.
+``arguments``, a tuple of words, what it takes of ``distill.algorithm_args``, has others refused before anything loads;
+one with ``rollouts = False`` cannot learn from what the student writes, and is refused in a run that samples it.
 """
 
 from __future__ import annotations
@@ -62,11 +63,18 @@ def objective_options(config: Config) -> dict[str, Any]:
 
 
 def check_names(config: Config) -> None:
-    """Refuse an unknown algorithm or divergence, or parameters it does not take, before anything is loaded.
+    """Refuse an unknown algorithm or divergence, parameters it does not take, or one not for rollouts where there are
+    such, before anything is loaded.
 
     Raises UserError.
     """
-    _find(config)
+    name, algorithm = config.distill.algorithm, _find(config)
+    # Its own word, as with `arguments`: what inherits from it may learn from rollouts.
+    if config.distill.on_policy_fraction and not vars(algorithm).get("rollouts", True):
+        raise UserError(
+            f"distill.algorithm={name} does not learn from rollouts: set distill.on_policy_fraction=0, or take "
+            f"distill.algorithm=vanilla or policy_gradient"
+        )
     find_divergence(config.distill.loss).checked(config.distill.temperature, dict(config.distill.loss_args))
 
 

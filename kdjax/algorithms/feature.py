@@ -23,6 +23,7 @@ class Feature(nnx.Module):
     """
 
     arguments = ("feature_layer", "feature_weight")
+    rollouts = False
 
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
         given = config.distill.algorithm_args

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 
@@ -12,7 +10,7 @@ from kdjax.config import Config
 from kdjax.data.batch import Batch
 from kdjax.errors import UserError
 from kdjax.losses import Head, linear_rows
-from kdjax.losses.rollouts import PolicyGradient, Sampled
+from kdjax.losses.rollouts import PolicyGradient, RolloutValues, Sampled
 
 SIGNALS = ("advantage", "k2", "k3")
 
@@ -22,10 +20,11 @@ def sampled_as(config: Config) -> Sampled:
     return Sampled(config.rollout.temperature, config.rollout.importance_clip)
 
 
-def rollout_terms(values: Any, student: nnx.Module, batch: Batch, head: Head) -> dict[str, Term]:
+def rollout_terms(values: RolloutValues, student: nnx.Module, batch: Batch, head: Head) -> dict[str, Term]:
     """The terms of a batch that holds rollouts: ``values`` summed as the loss, and what is watched of the student.
 
-    Every run with rollouts must report ``rollout/k3``: an algorithm of one's own may build its terms from these.
+    Every run with rollouts must report ``rollout/k3``: an algorithm of one's own may build its terms from these. The
+    loss is divided by all rows, ``rollout/…`` by those of rollouts, ``ce`` by those of the data.
     """
     on = batch.extras["on_policy"] * batch.mask
     total, by_row = linear_rows(

@@ -55,6 +55,7 @@ class SFT(nnx.Module):
     """Cross-entropy on the tokens that carry loss."""
 
     arguments = ()
+    rollouts = False
 
     def __init__(self, student: nnx.Module, teachers: tuple[Teacher, ...], config: Config, *, rngs: nnx.Rngs) -> None:
         pass

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from bridge.engine import EngineKind
 from kdjax.config.generate import GenerateConfig
 from kdjax.config.group import Dtype, group
 from kdjax.config.rollout import RolloutConfig, check_followers
@@ -54,7 +55,7 @@ class StudentConfig:
 class TeacherConfig:
     path: str | None = None
     """Hugging Face folder or hub id of the teacher; none means plain supervised fine-tuning."""
-    engine: Literal["sglang", "transformers"] = "sglang"
+    engine: EngineKind = "sglang"
     """What runs the teacher: SGLang, or plain transformers as the slow reference."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the teacher computes in; `auto` is bfloat16 on a GPU and float32 on a CPU."""
@@ -75,7 +76,7 @@ class TeacherConfig:
     threads: int | None = Field(None, ge=1)
     """CPU threads of the engine; none leaves the choice to torch."""
     lookahead: int = Field(1, ge=0)
-    """How many batches the teacher may be ahead of the student; 0 takes turns."""
+    """How many batches the teacher may be ahead of the student; 0 takes turns. Not read with rollouts or `colocate`."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds until the engine must be ready."""
     timeout: float = Field(300.0, gt=0)

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from bridge.engine import EngineKind
 from kdjax.config.group import group
 
 
 @group
 class RolloutConfig:
-    engine: Literal["sglang", "transformers"] = "sglang"
+    engine: EngineKind = "sglang"
     """What runs the student for rollouts: SGLang, or plain transformers as the slow reference."""
     engines: int = Field(1, ge=0)
     """Engines that share the prompts of a step; 0: the teacher's own, taking the weights of both in turn."""

@@ -7,11 +7,11 @@ the log-probability that the engine gave it comes along. A dataset row's label w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kdjax.losses.divergences import ce
 from kdjax.losses.linear import common_ids
@@ -52,6 +52,50 @@ class Sampled:
         overlap = (ours[..., :, None] == theirs[..., None, :]).any(-1).mean(-1)
         weight = jnp.ones_like(gap) if self.clip is None else jnp.minimum(jnp.exp(gap), self.clip)
         return jnp.exp(gap) - 1 - gap, jnp.where(on, log_q - log_p, 0.0), entropy, overlap, weight
+
+
+class RolloutValues(Protocol):
+    """What a row is worth and what is watched of it: for ``linear_rows`` and ``kdjax.algorithms.rollout_terms``.
+
+    Hashable, since it is a static part of the compiled step: a frozen dataclass.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the values in their order: ``loss`` first, then at least ``kd``, ``ce`` and ``WATCHED``."""
+        ...
+
+    @property
+    def kd_ratio(self) -> float:
+        """Below 1 the cross-entropy of dataset rows is reported."""
+        ...
+
+    @property
+    def sampled(self) -> Sampled:
+        """With a ``clip`` the importance weights are reported."""
+        ...
+
+    def __call__(
+        self,
+        student: Float[Array, "rows V"],
+        teacher: Float[Array, "rows W"],
+        rows: dict[str, Array],
+        keep: Bool[Array, " C"] | None,
+        vocab: Vocab,
+    ) -> tuple[Float[Array, " rows"], ...]:
+        """The values of a block of rows, float32 [rows] each; all but the loss without gradient.
+
+        Args:
+            student, teacher: float32 logits; of a vocabulary that is split over devices the columns of this one, which
+                only the reductions of ``vocab`` may add up.
+            rows: what is known of each row, [rows] each: ``labels`` (int32), ``on_policy`` (1 where the label was
+                sampled, 0 for a row of the data), ``behaviour_logprobs`` (of the label, by the engine that sampled it)
+                and, in a run with a reward, ``advantage``. The float32 ones are 0 in rows of the data.
+            keep: which of the first C = min(V, W) ids both sides know; None: all. See ``common_ids``.
+
+        Rows outside the batch's mask are left out afterwards, whatever their values.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,24 @@ def _legend(axes: Axes) -> None:
         axes.legend(loc="best", handlelength=1.4)
 
 
+def _percent(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+
+
+def _shares(run: RunRecord, axes: Axes, names: dict[str, str]) -> None:
+    """Dashed lines on a scale of their own at the right, from 0 to 100 %, and the legend of all lines above them."""
+    right = axes.twinx()
+    right.set_prop_cycle(color=COLOURS[len(axes.lines) :])
+    _lines(run, right, names, linestyle="--")
+    _percent(right)
+    right.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    right.grid(visible=False)
+    low, high = min(0.0, axes.get_ylim()[0]), axes.get_ylim()[1]
+    axes.set_ylim(low, high + 0.4 * (high - low))  # room for the legend, on both scales
+    right.set_ylim(0, 1.4)
+    right.legend(handles=[*axes.lines, *right.lines], loc="upper left", ncols=2, handlelength=1.6, columnspacing=1.2)
+
+
 def _training_loss(run: RunRecord, axes: Axes) -> bool:
     axes.set_title("Training loss and its parts")
     axes.set_ylabel("nats a token")
@@ -123,7 +141,7 @@ def _agreement(run: RunRecord, axes: Axes) -> bool:
     axes.set_title("Held-out tokens")
     names = {"eval/agreement": "same choice as the teacher", "eval/accuracy": "choice is the label"}
     found = _lines(run, axes, names)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    _percent(axes)
     _legend(axes)
     return found
 
@@ -144,6 +162,42 @@ def _kl_by_position(run: RunRecord, axes: Axes) -> bool:
     axes.margins(y=0.25)  # the legend's room, above the bars
     _legend(axes)
     return bool(shown)
+
+
+def _responses(run: RunRecord, axes: Axes) -> bool:
+    axes.set_title("The student's responses")
+    axes.set_ylabel("tokens")
+    found = _lines(run, axes, {"rollout/length": "mean length"})
+    if found:
+        _shares(run, axes, {"rollout/eos_rate": "ended by itself", "rollout/truncated": "cut at the limit"})
+    return found
+
+
+def _on_rollouts(run: RunRecord, axes: Axes) -> bool:
+    axes.set_title("Student and teacher on responses")
+    axes.set_ylabel("nats a token")
+    found = _lines(run, axes, {"rollout/kl": "KL(student ‖ teacher)", "rollout/entropy": "student's entropy"})
+    if found:
+        _shares(run, axes, {"rollout/overlap": "teacher's top 5 shared"})
+    return found
+
+
+def _engine_gap(run: RunRecord, axes: Axes) -> bool:
+    axes.set_title("Trainer and rollout engine apart")
+    axes.set_ylabel("nats a token")
+    found = _lines(run, axes, {"rollout/k3": "k3"})
+    limit = run.config.get("rollout", {}).get("max_k3")
+    if found and limit is not None:
+        axes.axhline(limit, color=GREY, linestyle=(0, (4, 3)), label=f"stops above {limit:g}")
+    if any(value > 0 for value in run.series("rollout/k3")[1]):
+        axes.set_yscale("log")
+    _legend(axes)
+    return found
+
+
+def _reward(run: RunRecord, axes: Axes) -> bool:
+    axes.set_title("Reward of the responses")
+    return _lines(run, axes, {"rollout/reward": "mean reward"}, color=ORANGE)
 
 
 def _learning_rate(run: RunRecord, axes: Axes) -> bool:
@@ -214,7 +268,7 @@ def _pool(run: RunRecord, axes: Axes) -> bool:
     axes.set_title("Rows of the hidden pool in use")
     found = _lines(run, axes, {"pool/used": "at the log line", "pool/peak": "at most so far"})
     axes.set_ylim(0, 1.05)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    _percent(axes)
     _legend(axes)
     return found
 
@@ -233,6 +287,10 @@ _FIGURES: dict[str, tuple[str, Callable[[RunRecord, Axes], bool]]] = {
     "held_out_tokens": ("share of held-out tokens where the student's choice is the teacher's, or right", _agreement),
     "kl_by_position": ("KL from the teacher by position in the response, before and after", _kl_by_position),
     "entropy": ("entropy of the student and the teacher on held-out rows by step", _entropy),
+    "rollout_responses": ("length of the student's responses, and shares that ended or were cut, by step", _responses),
+    "rollout_kl": ("reverse KL, entropy and overlap of likely tokens on the student's responses by step", _on_rollouts),
+    "rollout_k3": ("disagreement of trainer and rollout engine about sampled tokens by step", _engine_gap),
+    "rollout_reward": ("mean reward of the student's responses by step", _reward),
     "gradient_norm": ("gradient norm by step", _gradient_norm),
     "learning_rate": ("learning rate by step", _learning_rate),
     "throughput": ("tokens a second by step", _throughput),
