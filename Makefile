@@ -41,6 +41,7 @@ test-full: setup
 
 bench: setup  ## what a CPU can measure, alone on the machine: over an hour, 12 GB; then the README's table
 	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.transport_engine
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.trl_gkd

@@ -222,6 +222,12 @@ def _slept(r: Result) -> Found:
 
 LINES: dict[str, tuple[Line, ...]] = {
     "transport": tuple(_transport()),
+    "transport_engine": (
+        Line(
+            "prefill by a real SGLang engine, rows as its own return_hidden_states, of the pool's seconds",
+            ratio("lists_of_the_pool"),
+        ),
+    ),
     "fused_loss": (
         Line(
             "fused KL, 4,096 rows, V 152k: time, of plain JAX's",

@@ -23,6 +23,7 @@ from benchmarks import (
     table,
     timing,
     transport,
+    transport_engine,
     trl_gkd,
 )
 from benchmarks.gpu import __main__ as gpu
@@ -216,6 +217,12 @@ def test_the_floor_counts_the_products_of_both_models(root):
     assert trl_gkd.size_of(model) == trl_gkd.Size(layers, 128, model.config.vocab_size)
     sizes = trl_gkd.Size(1000, 2, 30), trl_gkd.Size(4000, 5, 30)
     assert trl_gkd.flops(*sizes, loss_share=0.5) == 6000 + 8000 + 0.5 * (360 + 300)
+
+
+@pytest.mark.full
+def test_a_real_engine_gives_the_same_rows_by_its_own_call():
+    found = transport_engine.measure(dict(prompts=2, length=16, width=128), rounds=1)
+    assert all(found["seconds"][way]["seconds"] > 0 for way in transport_engine.WAYS)
 
 
 @pytest.mark.full
