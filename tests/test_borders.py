@@ -16,6 +16,11 @@ SERVER_SIDE = (
 )  # fmt: skip
 # What kdjax may load of bridge.
 TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "weight_sync")
+# Rooms of kdjax and what they know nothing of.
+APART = {
+    "models": ("kdjax.losses", "kdjax.engines", "bridge"),
+    "losses": ("kdjax.models", "kdjax.engines", "bridge"),
+}
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
@@ -55,6 +60,14 @@ def test_kdjax_imports_neither_torch_nor_sglang(path):
     allowed = {f"bridge.{name}" for name in TRAINER_SIDE}
     used = {name for name in names if name.startswith("bridge.")}
     assert {name for name in used if not any(name == ok or name.startswith(f"{ok}.") for ok in allowed)} == set()
+
+
+@pytest.mark.parametrize("room", APART)
+def test_rooms_know_nothing_of_each_other(room):
+    files = sources(f"kdjax/{room}")
+    used = {(path.name, name) for path in files for name in imported(path)}
+    assert files
+    assert not {(file, name) for file, name in used for other in APART[room] if f"{name}.".startswith(f"{other}.")}
 
 
 @pytest.mark.parametrize("path", sources("bridge"), ids=lambda path: str(path.relative_to(ROOT)))

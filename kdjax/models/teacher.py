@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from kdjax.errors import UserError
 from kdjax.folders import resolve
-from kdjax.losses import Head
+from kdjax.head import Head
 from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, open_tensors
 from kdjax.models.config import read_json
 from kdjax.sharding import Rules
