@@ -21,7 +21,7 @@ from kdjax.disk import whole, write_whole
 from kdjax.errors import UserError
 from kdjax.generation.answers import LEFT_OUT, Answer, Answers
 from kdjax.generation.rewards import with_answer
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 DROPPED = {
     "unfinished": "cut at generate.max_new_tokens",
