@@ -3,7 +3,7 @@
 from kdjax.head import Head
 from kdjax.losses.divergences import akl, ce, hrl, jsd, kl, rkl, skl, srkl, top1_ce, tvd
 from kdjax.losses.linear import linear_divergence, linear_objective, linear_rows, linear_statistics
-from kdjax.losses.registry import divergence, divergence_names, find_divergence, register_divergence
+from kdjax.losses.registry import divergence, find_divergence, register_divergence
 from kdjax.losses.vocab import MASKED, WHOLE, Vocab
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "akl",
     "ce",
     "divergence",
-    "divergence_names",
     "find_divergence",
     "hrl",
     "jsd",
