@@ -24,6 +24,7 @@ from kdjax.models import (
     hf_tensors,
     init_model,
     load_model,
+    teacher_head,
 )
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
@@ -175,9 +176,9 @@ def test_abstract_model_takes_no_memory(saved):
 # Refusals
 
 
-def refused(folder, message):
+def refused(folder, message, load=load_model):
     with pytest.raises(UserError, match=message) as caught:
-        load_model(folder)
+        load(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -247,6 +248,39 @@ def test_weights_that_are_not_there(folder):
     refused(folder, "only pickled weights; convert them to safetensors")
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "no safetensors file")
+
+
+def test_a_single_file_under_another_name_is_read_for_student_and_teacher(folder):
+    weight = load_file(folder / "model.safetensors")["lm_head.weight"]
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert np.array_equal(load_model(folder).lm_head.weight[...], weight)
+    assert np.array_equal(teacher_head(folder).weight, weight)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["lm_head.weight"]}, {"weight_map": {"lm_head.weight": 1}}])
+def test_an_index_without_a_mapping_is_refused_for_student_and_teacher(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (load_model, teacher_head):
+        refused(folder, "index.json: weight_map is not a mapping of tensor to file", load)
+
+
+def test_files_that_nothing_chooses_from_are_refused_for_student_and_teacher(folder):
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    for load in (load_model, teacher_head):
+        refused(folder, "2 safetensors files and no model.safetensors.index.json to say which belong together", load)
+
+
+def test_an_index_that_is_wrong_about_the_head_is_refused_for_student_and_teacher(saved, tmp_path):
+    many = save(saved("qwen2")[0], tmp_path / "many", max_shard_size="10KB")
+    path = many / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    other = index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    refused(many, f"index.json: puts lm_head.weight in {other}, but it is in no file")
+    refused(many, f"index.json: puts lm_head.weight in {other}, which does not hold it", teacher_head)
+    path.write_text(json.dumps({"weight_map": {}}))
+    refused(many, "no lm_head.weight among its tensors", teacher_head)
 
 
 def test_quantised_tensors(folder):
