@@ -24,7 +24,7 @@ from benchmarks.record import ROOT, machine, record, write_between
 from benchmarks.runs import digest, made_at, trained
 from kdjax.config import load_config
 from kdjax.generation.tasks import evaluate_task
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 CONFIG = ROOT / "configs" / "arithmetic.yaml"
 RUNS = ROOT / "runs" / "benchmark" / "on_policy"

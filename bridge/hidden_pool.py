@@ -6,23 +6,16 @@ that engines open by CUDA IPC: the pool has a *part* for each data shard, and a 
 that train on that shard. Rows are numbered through all parts.
 
 A lease is taken, the engine writes, JAX views the rows without a copy, the step that read them finishes, the lease goes
-back. A pool that is full makes the producer wait, first come first served; a leased row is never given away. The owner
-holds a lock on the file for as long as it lives, so what a killed process left behind is told apart from what is in
-use, in other containers too, and removed when the next pool is made.
+back. A pool that is full makes the producer wait, first come first served; a leased row is never given away.
 """
 
-import fcntl
 import math
 import mmap
-import os
-import secrets
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +23,7 @@ import numpy as np
 from bridge.cuda import Allocation, gpus
 from bridge.dlpack import ALIGNMENT, CPU, CUDA, ITEM_BYTES, DLPackView
 from bridge.errors import EngineError
-
-SHARED = Path("/dev/shm")
-PREFIX = "kdjax-"
+from bridge.segments import create_segment, map_segment, removed_with, sweep
 
 
 @dataclass(frozen=True)
@@ -101,74 +92,6 @@ class PoolUsage:
     leases: int
     waiting: int
     waited: float
-
-
-def create_segment(kind: str, size: int, what: str, less: str) -> tuple[str, int]:
-    """a new zeroed file of `size` bytes in /dev/shm, really allocated and locked: its path and its open descriptor
-
-    `kind` is a part of its name, `what` what it holds in words, and `less` what to do for a smaller one.
-    Raises EngineError where /dev/shm is too small: a page that cannot be had would otherwise kill by SIGBUS later.
-    """
-    while True:
-        path = str(SHARED / f"{PREFIX}{kind}-{os.getpid()}-{secrets.token_hex(6)}")
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:  # else another process swept it away before it was locked
-            break
-        os.close(descriptor)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        remove_segment(path, descriptor)
-        space = os.statvfs(SHARED)
-        raise EngineError(
-            f"{size / 2**30:.2f} GiB of {what} do not fit into {SHARED} "
-            f"({space.f_bavail * space.f_frsize / 2**30:.2f} GiB free): {less}, or use a larger {SHARED} "
-            f"(docker run --shm-size)"
-        ) from error
-    return path, descriptor
-
-
-def map_segment(path: str, size: int) -> mmap.mmap:
-    """another process's segment, for reading and writing, for as long as anything refers to the result"""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return mmap.mmap(descriptor, size)
-    finally:
-        os.close(descriptor)
-
-
-def removed_with(owner: object, path: str, descriptor: int) -> weakref.finalize:
-    """what removes a segment when called, or else when `owner` goes; in this process alone: a fork that exits must not
-
-    Whoever has the segment mapped keeps the memory.
-    """
-    return weakref.finalize(owner, _remove_if_owner, os.getpid(), path, descriptor)
-
-
-def remove_segment(path: str, descriptor: int) -> None:
-    """unlink a segment and let go of its lock"""
-    Path(path).unlink(missing_ok=True)
-    os.close(descriptor)
-
-
-def sweep() -> list[str]:
-    """remove segments whose owner is gone; returns their paths"""
-    swept = []
-    for path in SHARED.glob(f"{PREFIX}*"):
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except (FileNotFoundError, PermissionError):  # gone meanwhile, or another user's
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            swept.append(str(path))
-        except BlockingIOError:  # its owner lives
-            pass
-        finally:
-            os.close(descriptor)
-    return swept
 
 
 class HiddenPool:
@@ -402,8 +325,3 @@ class Lease:
 def _rows_per_unit(row_bytes: int) -> int:
     """how many rows lie between two rows that start on an aligned address"""
     return ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
-
-
-def _remove_if_owner(owner: int, path: str, descriptor: int) -> None:
-    if os.getpid() == owner:
-        remove_segment(path, descriptor)

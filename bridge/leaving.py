@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from bridge.hidden_pool import PREFIX, SHARED, sweep
+from bridge.segments import PREFIX, SHARED, sweep
 
 FOLDER_PREFIX = "kdjax-engine-"  # of the temporary folder that `bridge.client` makes for one server
 

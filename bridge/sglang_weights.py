@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bridge.weight_sync import BucketSpec, Entry, load_bucket
+from bridge.bucket_tensors import load_bucket
+from bridge.weight_sync import BucketSpec, Entry
 
 LOADER = f"{__name__}.load"
 

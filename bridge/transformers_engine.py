@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from bridge.bucket_tensors import load_bucket
 from bridge.checkpoint import read_facts
 from bridge.cuda import gpus
 from bridge.engine import Completion, EngineSpec, Prefill, Sampling
 from bridge.pool_rows import PoolRows
-from bridge.weight_sync import BucketSpec, Entry, load_bucket
+from bridge.weight_sync import BucketSpec, Entry
 
 
 class TransformersEngine:

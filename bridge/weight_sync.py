@@ -1,21 +1,19 @@
-"""Named arrays through shared memory, bucket by bucket: packed by the trainer, read as torch tensors by the engine.
+"""Named arrays through shared memory, bucket by bucket, as the trainer packs them; engines read by `bucket_tensors`.
 
 On a CPU a bucket is a file in /dev/shm. On a GPU it is a plain allocation that engines open by CUDA IPC: arrays are
 copied into it, and out of it, on the device, and only names, shapes and offsets travel by socket.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from mmap import mmap
 from typing import Any
 
 import numpy as np
 
-from bridge.cuda import Allocation, Mapping, gpus
-from bridge.dlpack import ALIGNMENT, CUDA, DLPackView
-from bridge.hidden_pool import create_segment, map_segment, removed_with
+from bridge.cuda import Allocation, gpus
+from bridge.dlpack import ALIGNMENT
+from bridge.segments import create_segment, removed_with
 
 
 @dataclass(frozen=True)
@@ -107,31 +105,3 @@ class DeviceBucket(WeightBucket):
             self._allocation.copy_in(offset, array.unsafe_buffer_pointer(), array.nbytes)
         self._allocation.wait()
         self._waiting.clear()
-
-
-def load_bucket(spec: BucketSpec, entries: Sequence[Entry], load: Callable[[list[tuple[str, Any]]], Any]) -> None:
-    """call `load` with the bucket's tensors; they view the bucket, and have been read when this returns"""
-    import torch
-
-    memory = _opened(spec)
-    tensors = []
-    for entry in entries:
-        dtype = getattr(torch, entry.dtype)
-        content = memory[entry.offset : entry.offset + prod(entry.shape) * dtype.itemsize]
-        tensors.append((entry.name, content.view(dtype).view(entry.shape)))
-    load(tensors)
-    if spec.gpu:
-        torch.cuda.synchronize()
-
-
-@functools.lru_cache(maxsize=1)  # a trainer fills one bucket for as long as it lives, so it is opened once
-def _opened(spec: BucketSpec) -> Any:
-    """uint8 [size], a torch tensor on the CPU or on this process's GPU, which may read another's over NVLink"""
-    import torch
-
-    if not spec.gpu:
-        return torch.frombuffer(map_segment(spec.path, spec.size), dtype=torch.uint8)
-    # Into the address space of this process's own GPU: it needs no context, and so no memory, on the bucket's.
-    mapping = Mapping(torch.cuda.current_device(), bytes.fromhex(spec.handle))
-    view = DLPackView(mapping, mapping.address, (spec.size // 2,), "bfloat16", (CUDA, mapping.ordinal))
-    return torch.from_dlpack(view).view(torch.uint8)

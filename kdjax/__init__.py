@@ -8,8 +8,8 @@ from kdjax.algorithms import Frozen, Teacher, Term, make_algorithm, register_alg
 from kdjax.config import Config, load_config
 from kdjax.errors import UserError
 from kdjax.generation.rewards import find_reward, register_reward
+from kdjax.head import Head
 from kdjax.losses import (
-    Head,
     divergence,
     linear_divergence,
     linear_objective,

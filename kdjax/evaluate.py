@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kdjax.command import guarded, which_weights
 from kdjax.config import Config, load_config
 from kdjax.errors import UserError
-from kdjax.export import which_weights
-from kdjax.train import guarded
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdjax.train import guarded
+from kdjax.command import guarded, which_weights
 
 
 def export(
@@ -28,13 +28,6 @@ def export(
     config = run_config(Path(run))
     best = best or (step is None and config.train.keep_best and (Path(run) / "best").is_dir())
     return export_student(load_saved(Path(run), config, step=step, best=best), config, out, dtype)
-
-
-def which_weights(parser: argparse.ArgumentParser) -> None:
-    """Add ``--step`` and ``--best``, of which one may be given."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N")
-    group.add_argument("--best", action="store_true", help="the weights of the best evaluation (train.keep_best)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

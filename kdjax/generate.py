@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdjax.command import guarded
 from kdjax.config import Config, GenerateConfig, load_config
 from kdjax.data.prompts import Prompt
 from kdjax.disk import whole, write_whole
 from kdjax.errors import UserError
 from kdjax.generation.answers import LEFT_OUT, Answer, Answers
 from kdjax.generation.rewards import with_answer
-from kdjax.train import guarded
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 DROPPED = {
     "unfinished": "cut at generate.max_new_tokens",

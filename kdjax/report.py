@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kdjax.train import guarded
+from kdjax.command import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ axes split such a dimension, so a layout is changed in one place and models neve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 
 import jax
@@ -50,9 +50,6 @@ class Rules:
 
     def sharding(self, mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
         return NamedSharding(mesh, self.spec(axes, shape, mesh))
-
-
-LOGICAL_AXES = tuple(f.name for f in fields(Rules))
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

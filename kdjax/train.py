@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from bridge.errors import EngineError
+from kdjax.command import guarded
 from kdjax.config import Config, load_config, reference, to_yaml
-from kdjax.disk import why_full
-from kdjax.errors import UserError
-from kdjax.quiet import quiet
 from kdjax.wording import as_yaml, kind_in_words
 
 PROFILED = 5  # steps: enough to tell a habit from an accident, and a trace that a browser opens
@@ -38,38 +32,6 @@ def parse(argv: Sequence[str] | None = None) -> Config | None:
         print(to_yaml(config), end="")
         return None
     return config
-
-
-def guarded(command: Callable[[], None]) -> int:
-    """Run a command; what a person can mend becomes one line on standard error and exit code 2."""
-    try:
-        with quiet(), _sigterm_as_ctrl_c():
-            command()
-    except (UserError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if why_full(error) is None:
-            raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; free space and try again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Where a command does not say otherwise, SIGTERM unwinds it as a Ctrl-C does, so that its engines end with it."""
-    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be caught
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from kdjax.config import from_dict
+from kdjax.progress import Display
 from kdjax.training.loop import Result, train
-from kdjax.training.progress import Display
 
 ROOT = Path(__file__).resolve().parent.parent
 # One device and every compiled program from the cache: a life of a few seconds.

@@ -11,11 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_JAX = {"jax", "jaxlib", "flax", "kdjax"}
 # What the engine's processes load, SGLang's own children included.
 SERVER_SIDE = (
-    "server", "host", "leaving", "pool_rows", "sglang_engine", "sglang_hook", "sglang_platform", "sglang_weights",
-    "transformers_engine"
+    "server", "host", "leaving", "pool_rows", "bucket_tensors", "sglang_engine", "sglang_hook", "sglang_platform",
+    "sglang_weights", "transformers_engine"
 )  # fmt: skip
 # What kdjax may load of bridge.
-TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "weight_sync")
+TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "segments", "weight_sync")
+# Rooms of kdjax and what they know nothing of.
+APART = {
+    "models": ("kdjax.losses", "kdjax.engines", "bridge"),
+    "losses": ("kdjax.models", "kdjax.engines", "bridge"),
+}
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
@@ -55,6 +60,14 @@ def test_kdjax_imports_neither_torch_nor_sglang(path):
     allowed = {f"bridge.{name}" for name in TRAINER_SIDE}
     used = {name for name in names if name.startswith("bridge.")}
     assert {name for name in used if not any(name == ok or name.startswith(f"{ok}.") for ok in allowed)} == set()
+
+
+@pytest.mark.parametrize("room", APART)
+def test_rooms_know_nothing_of_each_other(room):
+    files = sources(f"kdjax/{room}")
+    used = {(path.name, name) for path in files for name in imported(path)}
+    assert files
+    assert not {(file, name) for file, name in used for other in APART[room] if f"{name}.".startswith(f"{other}.")}
 
 
 @pytest.mark.parametrize("path", sources("bridge"), ids=lambda path: str(path.relative_to(ROOT)))

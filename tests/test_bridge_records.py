@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from bridge.bucket_tensors import load_bucket
 from bridge.checkpoint import read_facts
 from bridge.engine import Prefill, Sampling
-from bridge.hidden_pool import SHARED
-from bridge.weight_sync import WeightBucket, load_bucket
+from bridge.segments import SHARED
+from bridge.weight_sync import WeightBucket
 
 IDS = np.arange(1, 9, dtype=np.int32)
 

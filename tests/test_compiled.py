@@ -7,8 +7,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from kdjax.config import from_dict
+from kdjax.config.identity import identity
 from kdjax.errors import UserError
-from kdjax.training.checkpoint import identity
 from kdjax.training.compiled import keep_compiled
 
 KEYS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

@@ -14,9 +14,10 @@ import pytest
 from run_tools import go, losses, without_teacher, write_config
 
 from kdjax import disk
+from kdjax.command import guarded
 from kdjax.errors import UserError
 from kdjax.models import load_model
-from kdjax.train import guarded, main
+from kdjax.train import main
 from kdjax.training import checkpoint
 from kdjax.training.checkpoint import Checkpoints
 

@@ -17,11 +17,11 @@ from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.evaluate import evaluate, main
 from kdjax.export import main as export
+from kdjax.progress import Display
 from kdjax.training import evaluation
 from kdjax.training.evaluation import Evaluation, call_evaluations
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
-from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, to_device
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")

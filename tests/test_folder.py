@@ -8,8 +8,8 @@ from run_tools import contents
 
 from bridge.errors import EngineError
 from kdjax.config import from_dict, to_yaml
+from kdjax.config.identity import FREE
 from kdjax.errors import UserError
-from kdjax.training.checkpoint import _FREE
 from kdjax.training.folder import WRITTEN, RunFolder
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "concepts.md").read_text()
@@ -101,4 +101,4 @@ def test_the_page_lists_all_that_may_change():
     for group, keys in table("must be as it was, but for these:\n"):
         prefix = f"{group.strip('`')}." if group.startswith("`") else ""
         told |= {prefix + key for key in re.findall(r"`([^`]+)`", keys)}
-    assert told == _FREE
+    assert told == FREE

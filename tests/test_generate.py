@@ -20,7 +20,7 @@ from kdjax.errors import UserError
 from kdjax.generate import generate
 from kdjax.generation.journal import Journal
 from kdjax.generation.tasks import evaluate_task
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 TOKENIZER = ROOT / "examples" / "arithmetic" / "tokenizer"
 END = 2

@@ -30,12 +30,12 @@ from run_tools import (
 from kdjax import evaluate
 from kdjax.config import from_dict
 from kdjax.errors import UserError
+from kdjax.interrupt import Interrupt, Interrupted
 from kdjax.rollouts.overlap import Waits
 from kdjax.rollouts.stream import RolloutStream
 from kdjax.rollouts.turns import Turns
 from kdjax.training import loop
 from kdjax.training.ahead import Ahead
-from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.sources import LOG_RATIO, Stream
 
 
@@ -94,7 +94,7 @@ def test_a_signal_while_the_teacher_hangs_saves_and_leaves_nothing(values, tmp_p
 def test_a_second_ctrl_c_leaves_at_once_in_the_middle_of_a_step(tmp_path):
     script = """
         import jax
-        from kdjax.training.interrupt import Interrupt
+        from kdjax.interrupt import Interrupt
 
         step = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, v: v * 0.999 + 0.001, x))
         with Interrupt(lambda text: print(text, flush=True), lambda: print("at once", flush=True)):

@@ -24,7 +24,7 @@ from kdjax.models import (
     hf_tensors,
     init_model,
     load_model,
-    set_from_hf,
+    teacher_head,
 )
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
@@ -158,7 +158,7 @@ def test_random_student_needs_no_weights(saved, tmp_path):
     same, other = init_model(model.config, seed=3), init_model(model.config, seed=4)
     assert np.array_equal(same.embed.weight[...], model.embed.weight[...])
     assert not np.array_equal(other.embed.weight[...], model.embed.weight[...])
-    alone = load_model(None, init="random", seed=3, config=model.config.to_hf())
+    alone = load_model(None, init="random", seed=3, config=model.config.to_hf("float32"))
     assert np.array_equal(alone.layers.mlp.gate.weight[...], weight)
     with pytest.raises(UserError, match="without a path there are no weights to load"):
         load_model(None)
@@ -176,24 +176,12 @@ def test_abstract_model_takes_no_memory(saved):
     assert lowered.shape == (2, 9, 16384)
 
 
-def test_set_from_hf_replaces_every_parameter(saved):
-    theirs, folder = saved("qwen2-tied")
-    model = load_model(folder)
-    new = {key: 2 * value for key, value in hf_tensors(model)}
-    set_from_hf(model, new)
-    assert all(np.array_equal(value, new[key]) for key, value in hf_tensors(model))
-    with pytest.raises(UserError, match="missing model.norm.weight; unknown extra; misshaped: model.embed_tokens"):
-        new["extra"] = new.pop("model.norm.weight")
-        new["model.embed_tokens.weight"] = new["model.embed_tokens.weight"][:3]
-        set_from_hf(model, new)
-
-
 # Refusals
 
 
-def refused(folder, message):
+def refused(folder, message, load=load_model):
     with pytest.raises(UserError, match=message) as caught:
-        load_model(folder)
+        load(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -263,6 +251,39 @@ def test_weights_that_are_not_there(folder):
     refused(folder, "only pickled weights; convert them to safetensors")
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "no safetensors file")
+
+
+def test_a_single_file_under_another_name_is_read_for_student_and_teacher(folder):
+    weight = load_file(folder / "model.safetensors")["lm_head.weight"]
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert np.array_equal(load_model(folder).lm_head.weight[...], weight)
+    assert np.array_equal(teacher_head(folder).weight, weight)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["lm_head.weight"]}, {"weight_map": {"lm_head.weight": 1}}])
+def test_an_index_without_a_mapping_is_refused_for_student_and_teacher(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (load_model, teacher_head):
+        refused(folder, "index.json: weight_map is not a mapping of tensor to file", load)
+
+
+def test_files_that_nothing_chooses_from_are_refused_for_student_and_teacher(folder):
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    for load in (load_model, teacher_head):
+        refused(folder, "2 safetensors files and no model.safetensors.index.json to say which belong together", load)
+
+
+def test_an_index_that_is_wrong_about_the_head_is_refused_for_student_and_teacher(saved, tmp_path):
+    many = save(saved("qwen2")[0], tmp_path / "many", max_shard_size="10KB")
+    path = many / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    other = index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    refused(many, f"index.json: puts lm_head.weight in {other}, but it is in no file")
+    refused(many, f"index.json: puts lm_head.weight in {other}, which does not hold it", teacher_head)
+    path.write_text(json.dumps({"weight_map": {}}))
+    refused(many, "no lm_head.weight among its tensors", teacher_head)
 
 
 def test_quantised_tensors(folder):

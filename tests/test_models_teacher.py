@@ -88,5 +88,5 @@ def test_what_cannot_be_recomputed_is_refused(tmp_path, config, tensors, words):
 def test_no_safetensors(tmp_path):
     path = folder(tmp_path / "m", {}, {})
     (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="read from safetensors"):
+    with pytest.raises(UserError, match="no safetensors file; a model folder needs model.safetensors, or shards with"):
         teacher_head(path)

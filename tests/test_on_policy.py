@@ -13,10 +13,10 @@ from bridge.errors import EngineError
 from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.models import load_model
+from kdjax.progress import Display
 from kdjax.rollouts.engines import StudentEngines
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
-from kdjax.training.progress import Display
 from kdjax.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")

@@ -27,8 +27,9 @@ from benchmarks.pool_side import checksum as summed
 from bridge.cuda import gpus
 from bridge.dlpack import DLPackView, _held
 from bridge.errors import EngineError
-from bridge.hidden_pool import SHARED, Block, HiddenPool, PoolSpec, sweep
+from bridge.hidden_pool import Block, HiddenPool, PoolSpec
 from bridge.pool_rows import PoolRows, assigned
+from bridge.segments import SHARED, sweep
 from kdjax.sharding import make_mesh
 from kdjax.training.teacher import TeacherEngine, _gpus_of_shards
 

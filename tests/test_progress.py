@@ -5,7 +5,7 @@ import time
 
 from rich.console import Console
 
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 VALUES = {
     "loss": 2.5, "kd": 2.25, "ce": 3.5, "grad_norm": 0.75, "loss_tokens": 640.0, "learning_rate": 2e-4,

@@ -9,10 +9,10 @@ import pytest
 
 from kdjax.config import load_config
 from kdjax.models import load_model
+from kdjax.progress import Display
 from kdjax.train import parse
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
-from kdjax.training.progress import Display
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked", "local_engines")
 FILES = ("qwen3_30b_a3b_to_4b", "qwen3_4b_sft", "qwen3_30b_a3b_to_4b_on_policy")

@@ -157,6 +157,21 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(values, tm
         assert losses(tmp_path / name) == pytest.approx(first, rel=1e-5)
 
 
+def test_eight_devices_take_over_from_four_with_other_micro_batches_and_remat(values, tmp_path):
+    """eight rows in two micro-batches fit four devices and not eight, so one must be able to say otherwise"""
+    values["train"] |= {"batch_size": 8, "accumulate": 2}
+    go(values, mesh={"data": 1, "fsdp": 4})
+    run = Path(values["output"])
+    first = losses(run)
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "checkpoints" / "6")
+    with pytest.raises(UserError, match="8 data shards"):
+        go(values, mesh={"data": 1, "fsdp": 8})
+    values["train"]["accumulate"] = 1
+    go(values, mesh={"data": 1, "fsdp": 8}, student=values["student"] | {"remat": "full"})
+    assert losses(run) == pytest.approx(first, rel=1e-5)
+
+
 def test_overwriting_replaces_the_run_and_a_finished_one_is_not_repeated(values):
     go(values)
     run = Path(values["output"])

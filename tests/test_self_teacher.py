@@ -14,10 +14,10 @@ from kdjax.algorithms import make_algorithm
 from kdjax.config import from_dict
 from kdjax.errors import UserError
 from kdjax.models import load_model
+from kdjax.progress import Display
 from kdjax.training.loop import train
 from kdjax.training.optimizer import make_optimizer
 from kdjax.training.preflight import check_teacher
-from kdjax.training.progress import Display
 from kdjax.training.sources import Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import make_student

@@ -20,10 +20,10 @@ from bridge.client import RemoteEngine
 from kdjax.config import from_dict, to_dict
 from kdjax.errors import UserError
 from kdjax.models import load_model
+from kdjax.progress import Display
 from kdjax.train import main
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
-from kdjax.training.progress import Display
 from kdjax.training.sources import Stream
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")

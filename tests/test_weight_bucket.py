@@ -10,8 +10,10 @@ import pytest
 import torch
 from fake_gpu import Mapping, play
 
+import bridge.bucket_tensors
 import bridge.weight_sync
-from bridge.weight_sync import DeviceBucket, load_bucket
+from bridge.bucket_tensors import load_bucket
+from bridge.weight_sync import DeviceBucket
 from kdjax.models import hf_tensors, load_model
 from kdjax.rollouts.weights import EngineTensors
 from kdjax.sharding import make_mesh
@@ -19,13 +21,14 @@ from kdjax.sharding import make_mesh
 
 @pytest.fixture
 def gpu(monkeypatch):
-    play(monkeypatch, bridge.weight_sync, ["a", "b"])
+    for module in (bridge.weight_sync, bridge.bucket_tensors):
+        play(monkeypatch, module, ["a", "b"])
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    bridge.weight_sync._opened.cache_clear()
+    bridge.bucket_tensors._opened.cache_clear()
     yield waits
-    bridge.weight_sync._opened.cache_clear()
+    bridge.bucket_tensors._opened.cache_clear()
 
 
 def test_arrays_cross_a_device_bucket_by_name_and_offset(gpu):

@@ -17,7 +17,8 @@ from flax import nnx
 
 from kdjax.config import Config
 from kdjax.errors import UserError
-from kdjax.losses import Head, find_divergence
+from kdjax.head import Head
+from kdjax.losses import find_divergence
 from kdjax.registry import Registry
 
 

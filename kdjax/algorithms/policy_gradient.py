@@ -9,7 +9,8 @@ from kdjax.algorithms.base import Frozen, Teacher, Term, register_algorithm
 from kdjax.config import Config
 from kdjax.data.batch import Batch
 from kdjax.errors import UserError
-from kdjax.losses import Head, linear_rows
+from kdjax.head import Head
+from kdjax.losses import linear_rows
 from kdjax.losses.rollouts import PolicyGradient, RolloutValues, Sampled
 
 SIGNALS = ("advantage", "k2", "k3")

@@ -73,11 +73,6 @@ class Document:
         return (self.ids, self.loss) if self.teacher_ids is None else (self.teacher_ids, self.teacher_loss)
 
     @cached_property
-    def spans(self) -> Spans:
-        """Rows that carry loss as half-open ``(start, stop)`` runs, ascending."""
-        return _runs(self.loss[1:])
-
-    @cached_property
     def teacher_request(self) -> tuple[Int32[np.ndarray, " U"], Spans]:
         """Ids for the teacher's prefill, and the runs of its rows that carry loss: as many rows as ``labels``."""
         ids, loss = self.teacher_view

@@ -75,12 +75,12 @@ class DataStream(Iterator[HostBatch]):
     """An iterator of HostBatches whose order depends on the data, the configuration and the seed alone.
 
     Args:
-      data: the ``data`` group of the configuration (or anything with the same fields).
+      data: the ``data`` group of the configuration (or anything with the same fields); rows have its
+        ``max_len`` tokens (S).
       tokenizer: a fast transformers tokenizer.
       batch: rows in a micro-batch (B), over all data shards; ``accumulate`` (A) of them make a HostBatch.
       tokens_per_batch: instead of ``batch``, positions in a HostBatch (``TokenBudget``); nothing is packed then.
       shards: data shards (G); must divide ``batch``.
-      seq_len: tokens in a row (S); ``data.max_len`` by default. Documents longer than it are dropped or cut.
       seed: decides order and mixture.
       epochs: passes over the data; None never ends. Several sources mixed by weight count as one data set with as many
         rows as all of them together.
@@ -108,7 +108,6 @@ class DataStream(Iterator[HostBatch]):
         tokens_per_batch: int | None = None,
         accumulate: int = 1,
         shards: int = 1,
-        seq_len: int | None = None,
         seed: int = 0,
         epochs: float | None = None,
         vocab_size: int | None = None,
@@ -123,7 +122,7 @@ class DataStream(Iterator[HostBatch]):
         self._data, self._rows_each = data, batch
         self._packed = data.packing and batch is not None
         self._parts = {"accumulate": accumulate, "shards": shards}
-        self._seq_len = data.max_len if seq_len is None else seq_len
+        self._seq_len = data.max_len
         self._budget = None
         if tokens_per_batch is not None:
             self._budget = TokenBudget(tokens_per_batch, self._seq_len, **self._parts)
@@ -338,7 +337,6 @@ def eval_batches(
     *,
     batch: int,
     shards: int = 1,
-    seq_len: int | None = None,
     max_rows: int | None = None,
     vocab_size: int | None = None,
     sources: Sequence[Any] | None = None,
@@ -352,7 +350,6 @@ def eval_batches(
         tokenizer,
         batch=batch,
         shards=shards,
-        seq_len=seq_len,
         epochs=1,
         vocab_size=vocab_size,
         sources=data.eval if sources is None else sources,

@@ -29,9 +29,9 @@ from kdjax.errors import UserError
 from kdjax.folders import resolve
 from kdjax.generation.journal import Journal
 from kdjax.generation.rewards import find_reward, score
+from kdjax.interrupt import Interrupt, Interrupted
 from kdjax.models import teacher_shape
-from kdjax.training.interrupt import Interrupt, Interrupted
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 SECONDS_BETWEEN_LINES = 20
 MARGIN = 8  # positions that SGLang keeps to itself

@@ -13,7 +13,7 @@ from kdjax.disk import whole
 from kdjax.errors import UserError
 from kdjax.generation.answers import Answers
 from kdjax.generation.rewards import find_reward, with_answer
-from kdjax.training.progress import Display
+from kdjax.progress import Display
 
 
 def evaluate_task(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from kdjax.losses.head import Head, product
+from kdjax.head import Head, product
 from kdjax.losses.vocab import MASKED, Vocab
 
 SLICE = 2**25  # entries of a weight's gradient that are added at a time

@@ -20,8 +20,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, PartitionSpec as P
 
+from kdjax.head import Head
 from kdjax.losses.chunks import Fixed, Plan, Side, mix, resize, sums_and_gradients
-from kdjax.losses.head import Head
 from kdjax.losses.vocab import WHOLE, Vocab
 from kdjax.sharding import BATCH_AXES, FSDP, TENSOR
 

@@ -16,10 +16,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.errors import UserError
+from kdjax.head import Head, as_head
 from kdjax.losses.chunks import Fixed, Plan, Side
 from kdjax.losses.divergences import ce, kl, rkl
 from kdjax.losses.fused import totals_and_sums
-from kdjax.losses.head import Head, as_head
 from kdjax.losses.registry import Divergence, find_divergence
 from kdjax.losses.vocab import Vocab, masked
 

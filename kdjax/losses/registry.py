@@ -98,11 +98,6 @@ def find_divergence(divergence: str | Callable[..., Array]) -> Divergence:
     return Divergence(divergence, fn, fn in _SPLIT)
 
 
-def divergence_names() -> list[str]:
-    """The names that ``distill.loss`` knows."""
-    return _REGISTRY.names()
-
-
 def divergence(
     name: str | Callable[..., Array],
     student_logits: Float[Array, "*rows V"],

@@ -5,7 +5,7 @@ from kdjax.models.decoder import REMAT, Compute, Decoder
 from kdjax.models.export import ABOUT, export_hf, recover_exports
 from kdjax.models.hf import abstract_model, init_model, load_model
 from kdjax.models.teacher import TeacherShape, teacher_head, teacher_shape
-from kdjax.models.weights import hf_tensors, param_shardings, set_from_hf, state_shardings
+from kdjax.models.weights import hf_tensors, param_shardings, state_shardings
 
 __all__ = [
     "ABOUT",
@@ -23,7 +23,6 @@ __all__ = [
     "load_model",
     "param_shardings",
     "recover_exports",
-    "set_from_hf",
     "state_shardings",
     "teacher_head",
     "teacher_shape",

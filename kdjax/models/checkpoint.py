@@ -1,15 +1,17 @@
-"""A Hugging Face model folder: which tensors it holds, and any slice of any of them."""
+"""A Hugging Face model folder: which tensors it holds, any slice of any of them, and arrays made of such slices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from kdjax.errors import UserError
@@ -86,23 +88,16 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """Open every shard of ``folder``. Raises UserError for a missing shard, a damaged file, a tensor stored twice, an
     index that disagrees with its shards, or a dtype other than float32, bfloat16 and float16.
     """
-    where = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).exists() else None
-    if where is not None and not isinstance(where, dict):
-        raise UserError(f"{folder / INDEX}: weight_map is not a mapping of tensor to file")
+    files, where = files_of(folder)
     with ExitStack() as stack:
         entries: dict[str, Entry] = {}
         handles: dict[str, Any] = {}
-        for file in _files(folder, where):
+        for file in files:
             handles[file] = handle = stack.enter_context(open_tensors(folder / file))
             for name in handle.keys():
                 if name in entries:
                     raise UserError(f"{folder}: tensor {name} is stored twice, in {entries[name].file} and {file}")
-                view = handle.get_slice(name)
-                if view.get_dtype() not in FILE_DTYPES:
-                    raise UserError(
-                        f"{folder / file}: {name} is {view.get_dtype()}; only {', '.join(FILE_DTYPES)} are supported"
-                    )
-                entries[name] = Entry(file, tuple(view.get_shape()), FILE_DTYPES[view.get_dtype()])
+                _, entries[name] = tensor_of(handle, folder, file, name)
         held = {name: entry.file for name, entry in entries.items()}
         for name in sorted({**held, **where}) if where is not None else ():
             if held.get(name) != where.get(name):
@@ -121,16 +116,59 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file}: damaged or cut-off safetensors file ({error}); fetch it again") from None
 
 
-def _files(folder: Path, weight_map: dict[str, str] | None) -> list[str]:
-    if weight_map is not None:
-        return sorted(set(weight_map.values()))
+def tensor_of(handle: Any, folder: Path, file: str, name: str) -> tuple[Any, Entry]:
+    """What reads slices of tensor ``name`` of an open ``file``, and what the tensor is.
+
+    Raises UserError where the file has no such tensor, or one of a dtype that is not in FILE_DTYPES.
+    """
+    try:
+        view = handle.get_slice(name)
+    except SafetensorError:
+        raise UserError(f"{folder / INDEX}: puts {name} in {file}, which does not hold it") from None
+    if view.get_dtype() not in FILE_DTYPES:
+        raise UserError(f"{folder / file}: {name} is {view.get_dtype()}; only {', '.join(FILE_DTYPES)} are supported")
+    return view, Entry(file, tuple(view.get_shape()), FILE_DTYPES[view.get_dtype()])
+
+
+def files_of(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The safetensors files of a model folder and, where it has an index, which of them holds each tensor.
+
+    Raises UserError for an index without such a mapping, and where nothing says which files are meant.
+    """
+    if (folder / INDEX).exists():
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise UserError(f"{folder / INDEX}: weight_map is not a mapping of tensor to file")
+        return sorted(set(where.values())), where
     if (folder / SINGLE).exists():
-        return [SINGLE]
+        return [SINGLE], None
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(files) == 1:
-        return files
+        return files, None
     if files:
         raise UserError(f"{folder}: {len(files)} safetensors files and no {INDEX} to say which belong together")
     if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
         raise UserError(f"{folder}: only pickled weights; convert them to safetensors (save_pretrained does) first")
     raise UserError(f"{folder}: no safetensors file; a model folder needs {SINGLE}, or shards with {INDEX}")
+
+
+def placed(
+    shape: tuple[int, ...], sharding: NamedSharding | None, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """The array whose slices ``read`` gives, each read once, as ``sharding`` says (None: on the default device).
+
+    What ``read`` gives must be fresh and never written again: on a CPU JAX keeps pointing at it instead of copying.
+    """
+    done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def slices(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if key not in done:
+            done[key] = read(tuple(slice(start, stop) for start, stop in key))
+        return done[key]
+
+    if sharding is None:
+        value = jax.device_put(slices((slice(None),) * len(shape)))
+    else:
+        value = jax.make_array_from_callback(shape, sharding, slices)
+    return value.block_until_ready()  # or the host would hold slices of many arrays still in flight

@@ -73,7 +73,6 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    dtype: str | None = None  # of the weights in the checkpoint, where it says
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -146,7 +145,6 @@ class ModelConfig:
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
             qk_norm=family.qk_norm,
-            dtype=_dtype(raw),
         )
 
     @classmethod
@@ -154,13 +152,12 @@ class ModelConfig:
         """Read ``folder/config.json``; one line says what is wrong with it."""
         return cls.from_hf(read_json(Path(folder) / "config.json"), str(Path(folder) / "config.json"), **overrides)
 
-    def to_hf(self, dtype: str | None = None) -> dict[str, Any]:
-        """``config.json`` in transformers 5's spelling, with transformers 4's beside it."""
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """``config.json`` in transformers 5's spelling, with transformers 4's beside it; ``dtype``: of the weights."""
         rope: dict[str, Any] = {"rope_type": self.rope.scaling, "rope_theta": self.rope.theta}
         if self.rope.scaling == "llama3":
             rope |= {name: getattr(self.rope, name) for name in _LLAMA3}
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if self.rope.scaling != "default" else None
-        dtype = dtype or self.dtype
         family = FAMILIES[self.family]
         flags = {
             rule: getattr(self, name)
@@ -180,7 +177,8 @@ class ModelConfig:
             "rope_theta": self.rope.theta,
             "rope_scaling": scaling,
             "use_cache": True,
-            **({"dtype": dtype, "torch_dtype": dtype} if dtype else {}),
+            "dtype": dtype,
+            "torch_dtype": dtype,
         }
 
     @property
@@ -202,7 +200,6 @@ _SIZES = (
     "max_position_embeddings",
 )
 _LLAMA3 = tuple(f.name for f in fields(Rope) if f.name not in ("theta", "scaling"))
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -268,8 +265,3 @@ def _rope(raw: Mapping[str, Any], where: str) -> Rope:
         high_freq_factor=float(given["high_freq_factor"]),
         original_max_position_embeddings=int(given["original_max_position_embeddings"]),
     )
-
-
-def _dtype(raw: Mapping[str, Any]) -> str | None:
-    name = raw.get("dtype", raw.get("torch_dtype"))
-    return name.removeprefix("torch.") if isinstance(name, str) and name.removeprefix("torch.") in _DTYPES else None

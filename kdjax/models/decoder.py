@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kdjax.errors import UserError
-from kdjax.losses.head import Head
+from kdjax.head import Head
 from kdjax.models.attention import IMPLEMENTATIONS, causal_attention
 from kdjax.models.config import ModelConfig
 from kdjax.models.rope import angles, rotate, segment_positions

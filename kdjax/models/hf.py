@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kdjax.errors import UserError
 from kdjax.folders import resolve
-from kdjax.models.checkpoint import Checkpoint, open_checkpoint
+from kdjax.models.checkpoint import Checkpoint, open_checkpoint, placed
 from kdjax.models.config import ModelConfig
 from kdjax.models.decoder import Compute, Decoder
 from kdjax.models.weights import Weight, param_shardings, state_shardings, weight_table
@@ -127,32 +127,20 @@ def _read(
     compute: Compute,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """One parameter, every device's slice read once and only by its own index.
-
-    The arrays handed to JAX are fresh and never written again: on a CPU JAX keeps pointing at them instead of copying.
-    """
+    """One parameter, every device's slice read once and only by its own index."""
     names = row.names(source)
     if row.stacked and layers is not None:
         names = [names[layer] for layer in layers]
     shape = (len(names), *row.part_shape(source)) if row.stacked else row.part_shape(source)
     dtype = jnp.dtype(compute.param_dtype)
-    done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def slices(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        if key not in done:
-            out = np.empty([stop - start for start, stop in key], dtype)
-            if row.stacked:
-                for i, name in enumerate(names[slice(*key[0])]):
-                    out[i] = checkpoint.part(row, name, index[1:], source)
-            else:
-                out[...] = checkpoint.part(row, names[0], index, source)
-            done[key] = out
-        return done[key]
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        out = np.empty([s.stop - s.start for s in index], dtype)
+        if row.stacked:
+            for i, name in enumerate(names[index[0]]):
+                out[i] = checkpoint.part(row, name, index[1:], source)
+        else:
+            out[...] = checkpoint.part(row, names[0], index, source)
+        return out
 
-    if mesh is None:
-        value = jax.device_put(slices((slice(None),) * len(shape)))
-    else:
-        where: NamedSharding = compute.rules.sharding(mesh, row.axes, shape)
-        value = jax.make_array_from_callback(shape, where, slices)
-    return value.block_until_ready()  # or the host would hold slices of many parameters still in flight
+    return placed(shape, None if mesh is None else compute.rules.sharding(mesh, row.axes, shape), read)

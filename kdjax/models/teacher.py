@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from kdjax.errors import UserError
 from kdjax.folders import resolve
-from kdjax.losses import Head
-from kdjax.models.checkpoint import FILE_DTYPES, INDEX, SINGLE, open_tensors
+from kdjax.head import Head
+from kdjax.models.checkpoint import files_of, open_tensors, placed, tensor_of
 from kdjax.models.config import read_json
 from kdjax.sharding import Rules
 
@@ -63,11 +63,11 @@ def teacher_head(
     text, files = _text(read_json(folder / "config.json")), _files(folder)
     name = _find(files, folder, bool(text.get("tie_word_embeddings", False)))
     wanted = (shape.vocab_size, shape.hidden_size)
-    weight = _read(folder / files[name], name, wanted, mesh, rules or Rules(), dtype)
+    weight = _read(folder, files[name], name, wanted, mesh, rules or Rules(), dtype)
     bias_name = name.removesuffix("weight") + "bias"
     bias = None
     if name.endswith("lm_head.weight") and bias_name in files:
-        bias = _read(folder / files[bias_name], bias_name, wanted[:1], mesh, rules or Rules(), dtype)
+        bias = _read(folder, files[bias_name], bias_name, wanted[:1], mesh, rules or Rules(), dtype)
     return Head(weight, bias, text.get("final_logit_softcapping"), _scale(text), layout="vd")
 
 
@@ -78,12 +78,12 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _files(folder: Path) -> dict[str, str]:
     """Tensor name → file."""
-    if (folder / INDEX).exists():
-        return read_json(folder / INDEX)["weight_map"]
-    if not (folder / SINGLE).exists():
-        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}; the teacher's head is read from safetensors")
-    with open_tensors(folder / SINGLE) as handle:
-        return dict.fromkeys(handle.keys(), SINGLE)
+    files, where = files_of(folder)
+    if where is not None:
+        return where
+    (file,) = files
+    with open_tensors(folder / file) as handle:
+        return dict.fromkeys(handle.keys(), file)
 
 
 def _find(files: Mapping[str, str], folder: Path, tied: bool) -> str:
@@ -103,24 +103,11 @@ def _scale(text: Mapping[str, Any]) -> float:
 
 
 def _read(
-    file: Path, name: str, wanted: tuple[int, ...], mesh: Mesh | None, rules: Rules, dtype: str | None
+    folder: Path, file: str, name: str, wanted: tuple[int, ...], mesh: Mesh | None, rules: Rules, dtype: str | None
 ) -> jax.Array:
-    with open_tensors(file) as handle:
-        view = handle.get_slice(name)
-        shape, kind = tuple(view.get_shape()), view.get_dtype()
-        if kind not in FILE_DTYPES:
-            raise UserError(f"{file}: {name} is {kind}; the teacher's head must be {', '.join(FILE_DTYPES)}")
-        if shape != wanted:
-            raise UserError(f"{file}: {name} is {shape}, config.json says {wanted}")
-        pieces: dict[Any, np.ndarray] = {}
-
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            if key not in pieces:
-                pieces[key] = np.array(view[index], dtype=jnp.dtype(dtype) if dtype else None)
-            return pieces[key]
-
-        if mesh is None:
-            return jnp.array(piece(tuple(slice(None) for _ in shape)))
-        where = rules.sharding(mesh, ("vocab", "embed")[: len(shape)], shape)
-        return jax.make_array_from_callback(shape, where, piece).block_until_ready()
+    with open_tensors(folder / file) as handle:
+        view, entry = tensor_of(handle, folder, file, name)
+        if entry.shape != wanted:
+            raise UserError(f"{folder / file}: {name} is {entry.shape}, config.json says {wanted}")
+        where = None if mesh is None else rules.sharding(mesh, ("vocab", "embed")[: len(wanted)], wanted)
+        return placed(wanted, where, lambda index: np.array(view[index], dtype=jnp.dtype(dtype) if dtype else None))

@@ -20,7 +20,6 @@ from math import prod
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -158,19 +157,6 @@ def hf_tensors(model: nnx.Module, dtype: Any = None) -> Iterator[tuple[str, jax.
         for layer, name in enumerate(row.names(config)):
             part = value[layer] if row.stacked else value
             yield name, part.reshape(row.tensor_shape(config)).astype(dtype or value.dtype)
-
-
-def set_from_hf(model: nnx.Module, tensors: Mapping[str, Any]) -> None:
-    """Replace every parameter by the named tensors (arrays of the checkpoint's shapes), kept in the parameters' dtype
-    and sharding. Raises UserError naming tensors that are missing, unknown or of another shape.
-    """
-    config, values = model.config, parameters(model)
-    check_names({name: tuple(t.shape) for name, t in tensors.items()}, config, "set_from_hf")
-    for row in weight_table(config):
-        old = values[row.path][...]
-        parts = [np.asarray(tensors[name]).reshape(row.part_shape(config)) for name in row.names(config)]
-        new = (np.stack(parts) if row.stacked else np.array(parts[0])).astype(old.dtype)
-        values[row.path][...] = jax.device_put(new, old.sharding)
 
 
 def check_names(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:

@@ -13,9 +13,9 @@ import yaml
 
 from kdjax.config import reference
 from kdjax.errors import UserError
+from kdjax.progress import NOT_PARTS
 from kdjax.training.about import read_about
 from kdjax.training.metrics import FILE, read_metrics
-from kdjax.training.progress import NOT_PARTS
 
 Series = tuple[list[int], list[float]]
 STEP_PARTS = ("student", "waiting", "transfer", "sync")

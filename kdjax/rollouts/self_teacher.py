@@ -11,7 +11,7 @@ from flax import nnx
 
 from bridge.client import RemoteEngine
 from bridge.errors import EngineError
-from kdjax.losses import Head
+from kdjax.head import Head
 from kdjax.rollouts.turns import Turns
 from kdjax.rollouts.weights import send, student_label
 from kdjax.training.step import Step

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kdjax.config import Config
+from kdjax.config.identity import identity
 from kdjax.data import (
     Document,
     EndlessPrompts,
@@ -35,7 +36,6 @@ from kdjax.rollouts.engines import StudentEngines
 from kdjax.rollouts.log import Rollout, RolloutLog, describe, is_empty, sample_text, shown
 from kdjax.rollouts.overlap import Waits
 from kdjax.rollouts.responses import advantages_of, rollout_document
-from kdjax.training.checkpoint import identity
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from bridge.errors import EngineError
@@ -43,6 +44,15 @@ class Sleeper(Protocol):
     def wake(self, tags: Sequence[str]) -> None: ...
 
 
+@dataclass
+class _Seat:
+    """One who takes turns: its roles, and the tags with which it is awake."""
+
+    engine: Sleeper
+    awake: set[str]
+    roles: set[str] = field(default_factory=set)
+
+
 class Turns:
     """Those who take turns by role (``student``, ``teacher``, ``trainer``); without any nothing is ever asked.
 
@@ -51,9 +61,7 @@ class Turns:
     """
 
     def __init__(self, kept: Mapping[str, Sequence[str]] | None = None) -> None:
-        self._engines: list[Sleeper] = []
-        self._roles: list[set[str]] = []
-        self._awake: list[set[str]] = []
+        self._seats: list[_Seat] = []
         self._kept = dict(kept or {})
         self._lock = threading.RLock()  # engines of one phase are asked, and found dead, by a thread each
         self.phase = "train"
@@ -62,11 +70,10 @@ class Turns:
         """Give these a role. Those who were not there before are ``awake``; they are put to where they belong."""
         with self._lock:
             for engine in engines:
-                if engine not in self._engines:
-                    self._engines.append(engine)
-                    self._roles.append(set())
-                    self._awake.append(set(awake))
-                self._roles[self._engines.index(engine)].add(role)
+                seat = self._seat(engine)
+                if seat is None:
+                    self._seats.append(seat := _Seat(engine, set(awake)))
+                seat.roles.add(role)
             self._settle()
 
     def enter(self, phase: str) -> None:
@@ -75,7 +82,7 @@ class Turns:
         Raises ValueError for a phase that cannot follow the present one, EngineError from engines that live.
         """
         with self._lock:
-            if not self._engines:
+            if not self._seats:
                 return
             if phase != self.phase and phase not in NEXT[self.phase]:
                 raise ValueError(f"{phase} cannot follow {self.phase}")
@@ -85,17 +92,20 @@ class Turns:
     def restarted(self, engine: Sleeper) -> None:
         """A new process took the place of ``engine``'s: it is wide awake, whatever the phase."""
         with self._lock:
-            if engine in self._engines:
-                self._awake[self._engines.index(engine)] = {WEIGHTS, CACHE}
+            if (seat := self._seat(engine)) is not None:
+                seat.awake = {WEIGHTS, CACHE}
                 self._settle()
 
+    def _seat(self, engine: Sleeper) -> _Seat | None:
+        return next((seat for seat in self._seats if seat.engine == engine), None)
+
     def _settle(self) -> None:
-        for engine, roles, awake in zip(self._engines, self._roles, self._awake, strict=True):
-            if _asked(engine, engine.sleep, surplus := awake - self._wanted(roles)):
-                awake -= surplus
-        for engine, roles, awake in zip(self._engines, self._roles, self._awake, strict=True):
-            if _asked(engine, engine.wake, missing := self._wanted(roles) - awake):
-                awake |= missing
+        for seat in self._seats:
+            if _asked(seat.engine, seat.engine.sleep, surplus := seat.awake - self._wanted(seat.roles)):
+                seat.awake -= surplus
+        for seat in self._seats:
+            if _asked(seat.engine, seat.engine.wake, missing := self._wanted(seat.roles) - seat.awake):
+                seat.awake |= missing
 
     def _wanted(self, roles: Collection[str]) -> set[str]:
         phase = AWAKE[self.phase]

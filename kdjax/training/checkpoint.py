@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,23 +13,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from kdjax.config import CheckpointConfig, Config, to_dict
+from kdjax.config import CheckpointConfig
 from kdjax.disk import free_bytes, size_text, why_full
 from kdjax.errors import UserError, first_line
-
-# What may differ between the run that saved and the run that goes on: where things go, not what is computed.
-_FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "generate"} | {
-    f"{group}.{key}"
-    for group, keys in {
-        "train": "eval_every eval_rows eval_functions offload compilation_cache",
-        "data": "workers on_bad_row",
-        "teacher": "engine tp pp dp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
-        "resident",
-        "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout restarts resident "
-        "show_every max_k3 on_long_prompt",
-    }.items()
-    for key in keys.split()
-}
 
 
 class Checkpoints:
@@ -207,31 +191,3 @@ def _digest(tree: Any) -> list[tuple[int, bool]]:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def refuse_other_config(saved: dict[str, Any], config: Config) -> None:
-    """Raise UserError when a checkpoint was written by a configuration that computes something else."""
-    differing = sorted(_differences(saved, to_dict(config)))
-    if differing:
-        raise UserError(
-            f"{config.output} holds a checkpoint of another configuration (differs in {', '.join(differing)}); "
-            "restore those values, choose another output, or start anew with overwrite=true"
-        )
-
-
-def identity(config: Config) -> str:
-    """A word for all in ``config`` that decides what is computed: equal for runs that may go on from each other."""
-
-    def kept(value: Any, prefix: str) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {k: kept(v, f"{prefix}{k}.") for k, v in sorted(value.items()) if f"{prefix}{k}" not in _FREE}
-
-    return hashlib.sha256(json.dumps(kept(to_dict(config), "")).encode()).hexdigest()[:16]
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> set[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [k for k in {*a, *b} if f"{prefix}{k}" not in _FREE]
-        return {d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}{k}.")}
-    return set() if a == b else {prefix.rstrip(".")}

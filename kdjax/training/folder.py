@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from kdjax.config import Config, to_yaml
+from kdjax.config.identity import refuse_other_config
 from kdjax.disk import write_whole
 from kdjax.errors import UserError
 from kdjax.models import recover_exports
-from kdjax.training.checkpoint import refuse_other_config
 
 LOCK, LOG, KNOWN, DONE = ".lock", "engine.log", "config.yaml", "result.json"
 STUDENT_LOGS = "student[0-9]*.log"

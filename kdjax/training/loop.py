@@ -22,7 +22,9 @@ from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
 from kdjax.engines import computes_bfloat16, engine_device
 from kdjax.errors import UserError
+from kdjax.interrupt import Interrupt, Interrupted
 from kdjax.models import load_model
+from kdjax.progress import Display
 from kdjax.training.about import machine, note, now
 from kdjax.training.best import BEST, Best, read_best, write_best
 from kdjax.training.blame import blame
@@ -30,12 +32,10 @@ from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.compiled import keep_compiled
 from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
 from kdjax.training.folder import RunFolder
-from kdjax.training.interrupt import Interrupt, Interrupted
 from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer, make_schedule
 from kdjax.training.preflight import check_export, check_student, check_teacher, check_templates
 from kdjax.training.profile import Profiler, doing
-from kdjax.training.progress import Display
 from kdjax.training.sources import DeviceBatch, Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import export_student, make_student

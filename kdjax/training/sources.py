@@ -37,7 +37,7 @@ from kdjax.data.files import refuse_missing
 from kdjax.data.prepare import first_documents, open_sources
 from kdjax.engines import engine_device, leave_room
 from kdjax.errors import UserError
-from kdjax.losses import Head
+from kdjax.head import Head
 from kdjax.rollouts.engines import StudentEngines
 from kdjax.rollouts.overlap import Waits
 from kdjax.rollouts.self_teacher import SelfTeacher

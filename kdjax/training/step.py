@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from kdjax.algorithms.base import Frozen, Term
 from kdjax.data.batch import Batch
 from kdjax.errors import UserError
-from kdjax.losses import Head
+from kdjax.head import Head
 
 Metrics = dict[str, jax.Array]
 
