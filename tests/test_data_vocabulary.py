@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from kdjax.config import from_dict
 from kdjax.data import compare_vocabularies, load_tokenizer, valid_ids
 from kdjax.errors import UserError
+from kdjax.training.student import tokenizer_path
 
 
 class Words:
@@ -52,6 +54,18 @@ def test_special_tokens_of_one_side_are_listed():
     assert match.student_only == {} and match.teacher_only == {"<think>": 4}
     match = compare_vocabularies(Words(WORDS, {"<end>": 3, "<tool>": 5}), Words(WORDS, {"<end>": 3}))
     assert match.student_only == {"<tool>": 5} and match.teacher_only == {}
+    (line,) = match.lines()
+    assert line == "special tokens that only the student knows, masked in every divergence: <tool> (5)"
+    many = compare_vocabularies(Words(WORDS), Words(WORDS, {f"<{i}>": i for i in range(3, 14)}))
+    (line,) = many.lines()
+    assert "only the teacher knows" in line and line.endswith("<10> (10) and 3 more")
+
+
+def test_a_student_of_chosen_layers_keeps_the_tokenizer_of_its_embedding():
+    values = {"teacher": {"path": "t"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    layers = {"init": "layers", "layers": [0]}
+    for student, expected in ((layers, "t"), (layers | {"path": "s"}, "s"), ({"path": "s", "init": "random"}, "t")):
+        assert tokenizer_path(from_dict(values | {"student": student})) == expected
 
 
 @pytest.mark.parametrize(

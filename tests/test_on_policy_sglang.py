@@ -27,6 +27,7 @@ def test_weights_arrive_and_a_killed_engine_comes_back_with_them(on_policy_value
     monkeypatch.setattr("kdjax.training.teacher.started", lambda model, key, **how: LocalEngine(model, **how))
     on_policy_values["rollout"] |= {"engine": "sglang", "threads": 1, "args": {"max_total_tokens": 4096}}
     on_policy_values["train"] |= {"steps": 4, "learning_rate": 1e-2}
+    on_policy_values["mesh"] = {"data": 1, "fsdp": 2}  # so weights are gathered on their way
     config = from_dict(on_policy_values)
     told: list[str] = []
     with Stream(config, log=tmp_path / "engine.log", tell=told.append) as stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from jaxtyping import Bool
 
 from kdjax.errors import UserError, first_line
 from kdjax.folders import resolve
+
+SHOWN = 8  # special tokens in a line
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -51,6 +53,14 @@ class VocabularyMatch:
 
     student_only: dict[str, int]
     teacher_only: dict[str, int]
+
+    def lines(self) -> Iterator[str]:
+        """What a person should know of them."""
+        for whose, names in (("student", self.student_only), ("teacher", self.teacher_only)):
+            if names:
+                listed = ", ".join(f"{name} ({token_id})" for name, token_id in list(names.items())[:SHOWN])
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                yield f"special tokens that only the {whose} knows, masked in every divergence: {listed}{more}"
 
 
 def compare_vocabularies(

@@ -50,7 +50,6 @@ from kdjax.training.student import student_shape, tokenizer_path
 from kdjax.training.teacher import TeacherEngine
 
 LOG_RATIO = "rollout/kl"
-SHOWN = 8  # special tokens in a line
 
 
 @dataclass
@@ -147,11 +146,8 @@ class Stream:
         """The ids that mean something to both models. Raises UserError when their vocabularies differ."""
         theirs = load_tokenizer(self.config.teacher.path)
         match = compare_vocabularies(self.tokenizer, theirs, self.config.data.special_token_map)
-        for whose, names in (("student", match.student_only), ("teacher", match.teacher_only)):
-            if names:
-                listed = ", ".join(f"{name} ({token_id})" for name, token_id in list(names.items())[:SHOWN])
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                self._tell(f"special tokens that only the {whose} knows, masked in the divergence: {listed}{more}")
+        for line in match.lines():
+            self._tell(line)
         return jax.numpy.asarray(valid_ids(theirs, head.vocabulary) & valid_ids(self.tokenizer, head.vocabulary))
 
     def __iter__(self) -> Iterator[DeviceBatch]:
