@@ -49,9 +49,10 @@ bench: setup  ## what a CPU can measure, alone on the machine: over an hour, 12 
 	$(BIN)/python -m benchmarks.divergences
 	$(BIN)/python -m benchmarks.table
 
-bench-full: bench  ## and what distillation is worth, over several seeds: three hours more
+bench-full: bench  ## and what distillation is worth, over several seeds: five hours more
 	$(BIN)/python -m benchmarks.quickstart
 	$(BIN)/python -m benchmarks.few_rows
+	$(BIN)/python -m benchmarks.epochs
 	$(BIN)/python -m benchmarks.on_policy
 	$(BIN)/python -m benchmarks.table
 

@@ -12,6 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.divergences import AT_MANY, FEW, MANY, VOCABULARIES
+from benchmarks.epochs import best
 from benchmarks.few_rows import ROWS
 from benchmarks.gpu.loss import DEFAULT
 from benchmarks.growth import AXES
@@ -121,6 +122,11 @@ def _padding(r: Result) -> Found:
 def _held_out(r: Result, other: str, ours: str = "kd", which: str = "final") -> Found:
     gaps = [a["final"]["ce"] - b[which]["ce"] for a, b in zip(r["runs"][ours], r["runs"][other], strict=True)]
     return Found(f"{mean(gaps):+.3f} nats a token ({min(gaps):+.3f} to {max(gaps):+.3f})", mean(gaps))
+
+
+def _epochs(r: Result) -> Found:
+    (step, ours), (other, theirs) = (best(r, name) for name in ("kd_epochs", "sft_epochs"))
+    return Found(f"{ours - theirs:+.3f} nats a token (steps {step:,} and {other:,})", ours - theirs)
 
 
 def _exact_match(r: Result, drawn: str, other: str = "off_policy") -> Found:
@@ -275,6 +281,9 @@ LINES: dict[str, tuple[Line, ...]] = {
             f"the same, on {ROWS} rows, at the fine-tuned one's own best step",
             partial(_held_out, ours="kd_few", other="sft_few", which="best"),
         ),
+    ),
+    "epochs": (
+        Line("the same, on all rows for many epochs, SFT at its best step in twice the steps, one seed", _epochs),
     ),
     "on_policy": (
         Line(

@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks import (
     divergences,
+    epochs,
     few_rows,
     fused_loss,
     growth,
@@ -202,7 +203,10 @@ def test_the_readme_shows_the_committed_results():
     assert set(results) - set(LINES) == {name for name in results if "gpu" in results[name]}
 
 
-@pytest.mark.parametrize("of", [quickstart, few_rows, on_policy], ids=["quickstart", "few_rows", "on_policy"])
+PAGES = (quickstart, few_rows, epochs, on_policy)
+
+
+@pytest.mark.parametrize("of", PAGES, ids=[of.__name__.rpartition(".")[2] for of in PAGES])
 def test_a_page_shows_the_committed_table(of):
     shown = of.PAGE.read_text().split(of.MARK)[1].strip()
     made = of.table(json.loads(of.RESULT.read_text())) if of.RESULT.exists() else "Not measured yet."

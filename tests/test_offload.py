@@ -22,7 +22,7 @@ def kinds(tree):
 
 
 @pytest.fixture
-def values(on_policy_values):
+def values(on_policy_values, sharded_values):
     on_policy_values["train"] |= {"steps": 4, "batch_size": 2}
     on_policy_values["mesh"] = {"data": 1, "fsdp": 2}
     on_policy_values["checkpoint"] |= {"save_every": 1, "keep": 9}

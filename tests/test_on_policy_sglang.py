@@ -20,7 +20,9 @@ from kdjax.training.student import export_student, make_student
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 
 
-def test_weights_arrive_and_a_killed_engine_comes_back_with_them(on_policy_values, tmp_path, monkeypatch):
+def test_weights_arrive_and_a_killed_engine_comes_back_with_them(
+    on_policy_values, sharded_values, tmp_path, monkeypatch
+):
     from local_engine import LocalEngine
 
     # the teacher alone; the student's is the real one

@@ -142,7 +142,7 @@ def test_no_whole_checkpoint_is_one_line(values):
     assert (run / "checkpoints" / "6").is_dir() and not (run / "damaged").exists()
 
 
-def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(values, tmp_path):
+def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(values, sharded_values, tmp_path):
     values["train"]["batch_size"] = 8
     go(values, mesh={"data": 2, "fsdp": 2, "tensor": 2})
     run = Path(values["output"])
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(values, tm
         assert losses(tmp_path / name) == pytest.approx(first, rel=1e-5)
 
 
-def test_eight_devices_take_over_from_four_with_other_micro_batches_and_remat(values, tmp_path):
+def test_eight_devices_take_over_from_four_with_other_micro_batches_and_remat(values, sharded_values, tmp_path):
     """eight rows in two micro-batches fit four devices and not eight, so one must be able to say otherwise"""
     values["train"] |= {"batch_size": 8, "accumulate": 2}
     go(values, mesh={"data": 1, "fsdp": 4})

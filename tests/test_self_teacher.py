@@ -44,7 +44,7 @@ def flat(params):
     return [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
 
 
-def test_the_average_is_what_it_should_be_in_the_engine_and_in_the_step(values, tmp_path):
+def test_the_average_is_what_it_should_be_in_the_engine_and_in_the_step(values, sharded_values, tmp_path):
     config = from_dict(values | {"mesh": {"data": 1, "fsdp": 2}})
     with Stream(config, log=tmp_path / "engine.log") as stream:
         model = make_student(config, stream.mesh)

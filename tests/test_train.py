@@ -144,7 +144,7 @@ def test_interrupted_equals_uninterrupted_to_the_bit(run_values, tmp_path, monke
     assert list(whole.evaluations) == [0, 3, 6] and whole.evaluations == resumed.evaluations
 
 
-def test_eight_devices_give_the_losses_of_one(run_values, tmp_path):
+def test_eight_devices_give_the_losses_of_one(run_values, sharded_values, tmp_path):
     run_values["train"]["batch_size"] = 8
     go(run_values, output=str(tmp_path / "one"))
     go(run_values, output=str(tmp_path / "eight"), mesh={"data": 2, "fsdp": 2, "tensor": 2})
