@@ -18,10 +18,11 @@ from kdjax.losses import (
 )
 from kdjax.models import export_hf, load_model
 from kdjax.sharding import Rules, make_mesh
+from kdjax.training.device_batch import DeviceBatch
 from kdjax.training.evaluation import Evaluation, Evaluator, register_evaluation
 from kdjax.training.loop import Result, train
 from kdjax.training.optimizer import make_optimizer, make_schedule
-from kdjax.training.sources import DeviceBatch, Stream, stream
+from kdjax.training.sources import Stream, stream
 from kdjax.training.step import Step, make_step
 from kdjax.training.student import make_student
 

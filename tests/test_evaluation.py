@@ -19,10 +19,11 @@ from kdjax.evaluate import evaluate, main
 from kdjax.export import main as export
 from kdjax.progress import Display
 from kdjax.training import evaluation
+from kdjax.training.device_batch import DeviceBatch
 from kdjax.training.evaluation import Evaluation, call_evaluations
 from kdjax.training.loop import train
 from kdjax.training.metrics import read_metrics
-from kdjax.training.sources import DeviceBatch, to_device
+from kdjax.training.sources import to_device
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 

@@ -15,7 +15,8 @@ from kdjax.errors import UserError
 from kdjax.losses import register_divergence
 from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
-from kdjax.training.sources import DeviceBatch, Stream, to_device
+from kdjax.training.device_batch import DeviceBatch
+from kdjax.training.sources import Stream, to_device
 
 pytestmark = pytest.mark.usefixtures("devices_as_asked")
 

@@ -17,7 +17,7 @@ from kdjax.data import DataStream, Document
 from kdjax.errors import UserError
 from kdjax.models import load_model
 from kdjax.sharding import make_mesh
-from kdjax.training import preflight
+from kdjax.training import preflight, templates
 from kdjax.training.preflight import check_teacher
 from kdjax.training.samples import answer_samples
 from kdjax.training.sources import Stream
@@ -133,8 +133,8 @@ def told(ours, teacher, **settings):
     """What is said to a student of the family ``ours``; the teacher's tokenizer is None where nobody looks at it."""
     config = SimpleNamespace(data=data_config("rows.jsonl", **settings), teacher=SimpleNamespace(path="teacher"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "load_tokenizer", {"teacher": teacher}.__getitem__)
-        return preflight.compare_templates(family(ours), config)
+        patch.setattr(templates, "load_tokenizer", {"teacher": teacher}.__getitem__)
+        return templates.compare_templates(family(ours), config)
 
 
 def test_chat_templates_that_disagree_are_told():
@@ -170,22 +170,22 @@ def test_templates_that_differ_in_thinking_mode_alone_are_told():
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_templates_are_compared_where_rows_go_through_one(train_on, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "compare_templates", lambda tokenizer, config: ["compared"])
+    monkeypatch.setattr(templates, "compare_templates", lambda tokenizer, config: ["compared"])
     (tmp_path / "text.jsonl").write_text('{"text": "so it goes"}\n')
     for file, expected in ((write_pairs(tmp_path / "pairs.jsonl", 2), ["compared"]), (tmp_path / "text.jsonl", [])):
         data = DataStream(data_config(file, train_on=train_on), plain(), batch=1)
-        assert preflight.check_templates(SimpleNamespace(data=data, tokenizer=None, config=None)) == expected
+        assert templates.check_templates(SimpleNamespace(data=data, tokenizer=None, config=None)) == expected
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_a_turn_must_end_with_what_ends_a_response(train_on):
     tokenizer, config = family("qwen2.5"), SimpleNamespace(data=data_config("rows.jsonl", train_on=train_on))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert preflight.check_end(tokenizer, config, {end}) == []
+    assert templates.check_end(tokenizer, config, {end}) == []
     with pytest.raises(
         UserError, match=rf"ends an assistant's turn with '<\|im_end\|>' .* rollout.stop_ids: \[{end}\]"
     ):
-        preflight.check_end(tokenizer, config, {end + 1})
+        templates.check_end(tokenizer, config, {end + 1})
 
 
 def test_the_sample_question_goes_through_the_template_of_the_run():

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdjax.data import Batch, HostBatch
 from kdjax.data.batch import Placed
-from kdjax.training.sources import DeviceBatch
+from kdjax.training.device_batch import DeviceBatch
 from kdjax.training.step import Step
 
 LIMIT = 4  # documents that are named

@@ -1,15 +1,13 @@
 """The one training loop: take a batch, step, now and then look, save and evaluate; at the end export and prove it.
 
-Off-policy distillation and supervised fine-tuning differ in the stream that ``config`` describes, never here.
+Off-policy, on-policy and self-distillation and supervised fine-tuning differ in the stream that ``config`` describes;
+the loop only asks more of a step whose batch the student wrote.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,15 +28,18 @@ from kdjax.training.best import BEST, Best, read_best, write_best
 from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.compiled import keep_compiled
+from kdjax.training.device_batch import DeviceBatch
 from kdjax.training.evaluation import Evaluation, Evaluator, call_evaluations, check_evaluations
 from kdjax.training.folder import RunFolder
 from kdjax.training.metrics import Metrics, check_log
-from kdjax.training.optimizer import make_optimizer, make_schedule
-from kdjax.training.preflight import check_export, check_student, check_teacher, check_templates
+from kdjax.training.optimizer import make_optimizer
+from kdjax.training.preflight import check_export, check_student, check_teacher
 from kdjax.training.profile import Profiler, doing
-from kdjax.training.sources import DeviceBatch, Stream
+from kdjax.training.sources import Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import export_student, make_student
+from kdjax.training.templates import check_templates
+from kdjax.training.window import Window
 
 TEACHER = "teacher"  # the name of a self-teacher among what is saved
 MASKED = (
@@ -197,7 +198,7 @@ class _Run:
         if pending is None:
             raise self.fault or Interrupted(self.interrupt.asked)
         self.metrics.write(done, display.spent())
-        window = _Window(config, self.steps, done)
+        window = Window(config, self.steps, done)
 
         def ahead() -> tuple[DeviceBatch, dict[str, jax.Array]] | None:
             taken = self._dispatch()
@@ -403,56 +404,6 @@ def _without_absent(values: dict[str, float], batch: DeviceBatch) -> dict[str, f
     absent = set() if sampled.any() else {name for name in values if name.startswith("rollout/")}
     absent |= {"ce"} if sampled.all() else set()
     return {name: value for name, value in values.items() if name not in absent}
-
-
-class _Window:
-    """What happened since the last line of metrics: tokens and seconds, evaluation and saving not counted."""
-
-    LOOPS = ("waiting", "transfer", "sync")
-    """What the loop itself does to have a batch: seconds of the window in which it is taken, one before its step is
-    done. All others passed alongside and are told with the step."""
-
-    def __init__(self, config: Config, steps: int, done: int) -> None:
-        self._schedule = make_schedule(config.train, steps)
-        self._seconds: dict[str, float] = {"waiting": 0.0, "transfer": 0.0}
-        self._start(done)
-
-    def _start(self, step: int) -> None:
-        self._first, self._tokens, self._since = step, 0, time.perf_counter()
-        # What the loop does is told in every window once it was seen, where it took no time too.
-        self._seconds = defaultdict(float, {name: 0.0 for name in self.LOOPS if name in self._seconds})
-
-    def took(self, batch: DeviceBatch) -> None:
-        """A batch was waited for and placed."""
-        for name in batch.seconds.keys() & set(self.LOOPS):
-            self._seconds[name] += batch.seconds[name]
-
-    def done(self, batch: DeviceBatch) -> None:
-        """Its step is done."""
-        self._tokens += batch.host.tokens
-        for name in batch.seconds.keys() - set(self.LOOPS):
-            self._seconds[name] += batch.seconds[name]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def close(self, step: int) -> dict[str, float]:
-        """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window.
-
-        ``rollout/hidden`` is the share of the seconds of generation in which the loop had something else to do.
-        """
-        steps, wall = step - self._first, time.perf_counter() - self._since
-        values = {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": self._tokens / wall}
-        seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
-        # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
-        seconds["student"] = max(0.0, seconds["step"] - sum(seconds.get(name, 0.0) for name in self.LOOPS))
-        if "generate" in seconds:
-            values["rollout/hidden"] = seconds.pop("hidden") / seconds["generate"]
-        self._start(step)
-        return values | {f"seconds/{name}": value for name, value in seconds.items()}
 
 
 def _due(step: int, every: int | None) -> bool:

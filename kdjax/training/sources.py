@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +45,12 @@ from kdjax.rollouts.stream import RolloutStream
 from kdjax.rollouts.turns import WEIGHTS, Turns
 from kdjax.sharding import BATCH_AXES, data_shards, make_mesh
 from kdjax.training.ahead import Ahead
+from kdjax.training.device_batch import DeviceBatch
 from kdjax.training.step import Parked, Step
 from kdjax.training.student import student_shape, tokenizer_path
 from kdjax.training.teacher import TeacherEngine
 
 LOG_RATIO = "rollout/kl"
-
-
-@dataclass
-class DeviceBatch:
-    """One global batch on the mesh: ``arrays`` are stacked ``[A, ...]`` over micro-batches.
-
-    The teacher's rows alias pool memory. ``release_after(x)`` gives them back once ``x``, a number that the step which
-    read them puts out, is ready; where it is NaN they stay, to be looked at. The compiled step calls it by itself.
-    """
-
-    arrays: Batch
-    host: HostBatch
-    seconds: dict[str, float] = field(default_factory=dict)
-    """How long the teacher, the transfer and the wait for them took."""
-    release_after: Any = lambda array: None
-    by_row: dict[str, jax.Array] = field(default_factory=dict)
-    """What the step that used it says of each loss row, [A, G·N], by term."""
 
 
 class Stream:

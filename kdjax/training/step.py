@@ -18,6 +18,7 @@ from kdjax.algorithms.base import Frozen, Term
 from kdjax.data.batch import Batch
 from kdjax.errors import UserError
 from kdjax.head import Head
+from kdjax.training.device_batch import DeviceBatch
 
 Metrics = dict[str, jax.Array]
 
@@ -76,22 +77,20 @@ class Step:
         )
         self._sound = jax.jit(lambda params, frozen, batch: _is_sound(_differentiate(graphs, params, frozen, batch)))
 
-    def __call__(self, batch: Any) -> Metrics:
+    def __call__(self, batch: DeviceBatch | Batch) -> Metrics:
         with self.lock, jax.set_mesh(self.mesh):
-            arrays = getattr(batch, "arrays", batch)
-            self.state, metrics, verdict, by_row = self._update(self.state, self._frozen, arrays)
+            self.state, metrics, verdict, by_row = self._update(self.state, self._frozen, _arrays(batch))
             self.number += 1
             self._publish()
-        if hasattr(batch, "release_after"):
+        if isinstance(batch, DeviceBatch):
             batch.release_after(verdict)
             batch.by_row = by_row
         return metrics
 
-    def reports(self, batch: Any) -> set[str]:
+    def reports(self, batch: DeviceBatch | Batch) -> set[str]:
         """The names of what a step on ``batch`` would return; traces, and neither compiles nor computes anything."""
         with self.lock, jax.set_mesh(self.mesh):
-            arrays = getattr(batch, "arrays", batch)
-            return set(self._update.eval_shape(self.state, self._frozen, arrays)[1])
+            return set(self._update.eval_shape(self.state, self._frozen, _arrays(batch))[1])
 
     def sound(self, arrays: Batch) -> bool:
         """Whether loss and gradient of a batch are finite under the parameters as they are; changes nothing."""
@@ -165,6 +164,10 @@ def make_step(
     Raises UserError for an algorithm that keeps random numbers (nnx.Rngs).
     """
     return Step(model, algorithm, optimizer, mesh, offload)
+
+
+def _arrays(batch: DeviceBatch | Batch) -> Batch:
+    return batch.arrays if isinstance(batch, DeviceBatch) else batch
 
 
 def _on_mesh(x: jax.Array, replicated: NamedSharding) -> jax.Array:
