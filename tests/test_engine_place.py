@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from run_tools import Watcher
 
 import kdjax.engines
 from bridge.engine import Sampling
 from kdjax.config import from_dict
-from kdjax.engines import engine_device, engine_dtype, engine_options, sleeping
+from kdjax.engines import computes_bfloat16, engine_device, engine_dtype, engine_options, sleeping
+from kdjax.errors import UserError
 from kdjax.rollouts.engines import StudentEngines
 from kdjax.rollouts.weights import student_label
+from kdjax.training.loop import train
 
 DATA = {"train": [{"path": "rows.jsonl"}]}
 
@@ -63,6 +66,27 @@ def test_jax_leaves_its_engines_their_share(monkeypatch, values, told, share):
 def test_auto_goes_with_the_device():
     assert [engine_dtype("auto", device) for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
     assert engine_dtype("float32", "cuda") == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [("avx2 fma", False), ("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True), ("asimd bf16", True)],
+)
+def test_a_cpu_that_is_slow_at_bfloat16_is_known(tmp_path, flags, fast):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    assert computes_bfloat16(tmp_path / "cpuinfo") == fast
+    assert not computes_bfloat16(tmp_path / "none")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_run_whose_teacher_would_be_slow_in_bfloat16_says_so(monkeypatch, fast):
+    values = {"student": {"path": "s"}, "teacher": {"path": "nowhere", "dtype": "bfloat16"}, "data": DATA}
+    monkeypatch.setattr("kdjax.training.loop.engine_device", lambda: "cpu")
+    monkeypatch.setattr("kdjax.training.loop.computes_bfloat16", lambda: fast)
+    shown = Watcher()
+    with pytest.raises(UserError):  # there is no such model
+        train(from_dict(values), shown)
+    assert any("teacher.dtype=bfloat16 on a CPU without" in line for line in shown.lines) != fast
 
 
 @pytest.mark.parametrize(("colocate", "device"), [(True, "cuda"), (True, "cpu"), (False, "cuda")])
