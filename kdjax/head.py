@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kdjax.arrays import AnyArray
 from kdjax.errors import UserError
 
 
@@ -25,15 +26,16 @@ class Head:
     A pytree: ``weight``, ``bias`` and ``valid`` are leaves, the rest is static.
     """
 
-    weight: Float[Array, "D V"] | Float[Array, "V D"]
-    bias: Float[Array, " V"] | None = None
+    weight: Float[AnyArray, "_ _"]
+    """[D, V], or [V, D] in layout ``"vd"``."""
+    bias: Float[AnyArray, " V"] | None = None
     soft_cap: float | None = None
     """Gemma 2's final-logit soft-cap (2408.00118)."""
     scale: float = 1.0
     """What logits are multiplied by, as in Cohere's ``logit_scale`` or one over Granite's ``logits_scaling``."""
     layout: Literal["dv", "vd"] = "dv"
     """``"vd"`` is Hugging Face's [V, D]; it is used as it lies, without a transposed copy."""
-    valid: Bool[Array, " V"] | None = None
+    valid: Bool[AnyArray, " V"] | None = None
     """Ids that the model's tokenizer knows; None: all. Divergences leave the others out, cross-entropy does not."""
 
     def __post_init__(self) -> None:
@@ -52,11 +54,11 @@ class Head:
         """D."""
         return self.weight.shape[self.layout.index("d")]
 
-    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    def logits(self, hidden: Float[AnyArray, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits; the product is taken in the dtype of ``hidden`` and accumulated in float32."""
         return self.finish(product(hidden, self.weight.astype(hidden.dtype), self.layout), self.bias)
 
-    def finish(self, raw: Float[Array, "*rows V"], bias: Float[Array, " V"] | None) -> Float[Array, "*rows V"]:
+    def finish(self, raw: Float[Array, "*rows V"], bias: Float[AnyArray, " V"] | None) -> Float[Array, "*rows V"]:
         """The float32 logits of a raw product: bias, then scale, then soft-cap."""
         if bias is not None:
             raw = raw + bias.astype(jnp.float32)
@@ -67,11 +69,11 @@ class Head:
         return raw
 
 
-def as_head(head: Head | Array) -> Head:
+def as_head(head: Head | Float[AnyArray, "D V"]) -> Head:
     """A Head, made of a plain [D, V] weight if need be."""
     return head if isinstance(head, Head) else Head(head)
 
 
-def product(hidden: Array, weight: Array, layout: str) -> Array:
+def product(hidden: AnyArray, weight: AnyArray, layout: str) -> Array:
     """float32 [..., V] of [..., D] and a weight in ``layout``."""
     return jnp.einsum(f"...d,{layout}->...v", hidden, weight, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from kdjax.errors import UserError
 
@@ -34,7 +34,9 @@ class Rules:
     vocab: tuple[str, ...] = (TENSOR,)
     layers: tuple[str, ...] = ()
 
-    def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> P:
+    def spec(
+        self, axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Mesh | AbstractMesh | None = None
+    ) -> P:
         """The PartitionSpec for dimensions named ``axes`` (None: not split).
 
         Given ``shape`` and ``mesh``, a dimension that its mesh axes do not divide stays whole: every device then holds

@@ -1,6 +1,7 @@
 """Built-in algorithms beside vanilla, and what is said of impossible ones."""
 
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from step_tools import E, config, host_batch, make, parameters, run
@@ -41,7 +42,7 @@ def test_an_algorithm_that_keeps_random_numbers_is_refused():
             self.noise = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
 
     with pytest.raises(UserError, match="distill.algorithm: Noisy keeps random numbers"):
-        Step(None, Noisy(), None, mesh=object())
+        Step(make().model, Noisy(), optax.sgd(0.1))
 
 
 def test_a_loss_in_a_file_trains(root):

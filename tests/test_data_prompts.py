@@ -98,5 +98,5 @@ def test_plain_text_is_no_prompt(tmp_path):
 
 def test_a_response_is_read_without_the_token_that_ended_it():
     said = np.asarray(plain().encode("7 , 8 .", add_special_tokens=False), np.int32)
-    assert response_text(plain(), np.append(said, 2), {2}) == response_text(plain(), said, {2}) == "7 , 8 ."
+    assert response_text(plain(), np.append(said, np.int32(2)), {2}) == response_text(plain(), said, {2}) == "7 , 8 ."
     assert response_text(plain(), said, {int(said[-1])}) == plain().decode(said[:-1])  # an end that is no special token

@@ -187,7 +187,7 @@ def test_what_is_refused(name, params, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_unequal_vocabularies_are_refused():
+def test_unequal_vocabularies_are_refused(unchecked):
     with pytest.raises(UserError, match="differ in vocabulary"):
         losses.kl(np.zeros((2, 53)), np.zeros((2, 64)))
 

@@ -199,7 +199,7 @@ def test_functions_are_refused_before_anything_loads(run_values, tmp_path, capsy
         from_dict(run_values | {"data": run_values["data"] | {"eval": []}, "train": {"eval_functions": ["a"]}})
 
 
-def test_a_function_that_returns_no_number(tmp_path):
+def test_a_function_that_returns_no_number(unchecked, tmp_path):
     mesh = kdjax.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     about = Evaluation(None, [], (), None, mesh, None, 0, {})
     file = tmp_path / "own.py"

@@ -358,14 +358,14 @@ def test_no_needless_product():
         ({"teacher_hidden": np.zeros((5, 20), np.float32)}, "teacher: 5 hidden rows, but the mask has 4"),
         ({"student_head": Head(np.zeros((12, 53), np.float32), np.zeros(7))}, "student: head bias has shape (7,)"),
         ({"teacher_head": None}, "teacher: hidden rows without a head"),
-        ({"labels": np.zeros(3, int)}, "labels have shape (3,), but the mask has (4,)"),
+        ({"labels": np.zeros(3, int)}, "labels: shape (3,), but the mask has (4,)"),
         ({"divergence": "ce"}, "set kd_ratio to 0"),
         ({"jsd_beta": 0.5}, "'kl' takes no jsd_beta"),
         ({"kd_ratio": 1.5}, "kd_ratio is 1.5"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
     ],
 )
-def test_what_is_refused(changed, says):
+def test_what_is_refused(unchecked, changed, says):
     case = Case(4, 53)
     arguments = dict(
         student_hidden=case.student_hidden,
@@ -380,7 +380,7 @@ def test_what_is_refused(changed, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_layout_and_cap_are_checked():
+def test_layout_and_cap_are_checked(unchecked):
     with pytest.raises(UserError, match="neither 'dv'"):
         Head(np.zeros((3, 4)), layout="v")
     with pytest.raises(UserError, match="not positive"):

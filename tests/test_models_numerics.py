@@ -46,11 +46,20 @@ def _logits(model, *args, **kwargs):
 def test_what_cudnn_is_asked_for(monkeypatch, segments):
     """a GPU's kernel: causality is its own, and only segments reach it as a mask"""
     asked = []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **options: asked.append((args, options)))
-    causal_attention("q", "k", "v", segments, implementation="cudnn")
+
+    def kernel(*args, **options):
+        asked.append((args, options))
+        return args[0]
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    given = tuple(jnp.zeros((1, 5, heads, 4), jnp.bfloat16) for heads in (2, 1, 1))
+    causal_attention(*given, segments, implementation="cudnn")
     ((args, options),) = asked
     mask = options.pop("mask")
-    assert args == ("q", "k", "v") and options == {"is_causal": True, "implementation": "cudnn"}
+    assert all(a is b for a, b in zip(args, given, strict=True)) and options == {
+        "is_causal": True,
+        "implementation": "cudnn",
+    }
     apart = None if segments is None else (segments[0] == segments[0][:, None])[None, None].tolist()
     assert (None if mask is None else mask.tolist()) == apart
 

@@ -78,7 +78,7 @@ def test_bias_and_dtype(tmp_path):
         ({"hidden_size": None}, {"lm_head.weight": WEIGHT}, "config.json says"),
     ],
 )
-def test_what_cannot_be_recomputed_is_refused(tmp_path, config, tensors, words):
+def test_what_cannot_be_recomputed_is_refused(unchecked, tmp_path, config, tensors, words):
     path = folder(tmp_path / "m", config, tensors)
     with pytest.raises(UserError) as error:
         teacher_head(path)

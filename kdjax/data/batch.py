@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from kdjax.arrays import AnyArray
+
 BUCKETS = 8  # N takes one of this many sizes, so a step is compiled at most this many times
 
 Spans = tuple[tuple[int, int], ...]
@@ -93,16 +95,16 @@ class Batch:
     token was sampled.
     """
 
-    tokens: Int32[Array | np.ndarray, "*A B S"]
-    positions: Int32[Array | np.ndarray, "*A B S"]
-    segment_ids: Int32[Array | np.ndarray, "*A B S"] | None
-    rows: Int32[Array | np.ndarray, "*A G N"]
-    labels: Int32[Array | np.ndarray, "*A G*N"]
-    mask: Bool[Array | np.ndarray, "*A G*N"]
+    tokens: Int32[AnyArray, "*A B S"]
+    positions: Int32[AnyArray, "*A B S"]
+    segment_ids: Int32[AnyArray, "*A B S"] | None
+    rows: Int32[AnyArray, "*A G N"]
+    labels: Int32[AnyArray, "*A G*N"]
+    mask: Bool[AnyArray, "*A G*N"]
     teacher_hidden: tuple[Any, ...] = ()
-    extras: dict[str, Float[Array | np.ndarray, "*A G*N"]] = field(default_factory=dict)
+    extras: dict[str, Float[AnyArray, "*A G*N"]] = field(default_factory=dict)
 
-    def gather(self, x: Float[Array, "B S D"]) -> Float[Array, "G*N D"]:
+    def gather(self, x: Float[AnyArray, "B S D"]) -> Float[Array, "{self.rows.size} D"]:
         """The loss rows of ``x``, shard after shard; padding entries repeat the shard's first row."""
         shards, count = self.rows.shape
         local = x.reshape(shards, -1, x.shape[-1])

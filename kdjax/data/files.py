@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from kdjax.errors import UserError, first_line
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
 
+@runtime_checkable
 class Rows(Protocol):
     """``rows[i]`` is a mapping from column to value, or raises RowError; ``where(i)`` says where it stands."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,7 +150,7 @@ class _OfSource:
         return ids
 
 
-def response_text(tokenizer: Any, ids: Int32[np.ndarray, " R"], ends: set[int]) -> str:
+def response_text(tokenizer: Any, ids: Int32[np.ndarray, " R"], ends: Set[int]) -> str:
     """A sampled response as people and rewards read it: without the token that ended it, nor special ones."""
     kept = ids[:-1] if len(ids) and int(ids[-1]) in ends else ids
     return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import PyTree, Shaped
 
+from kdjax.arrays import AnyArray
 from kdjax.head import Head, product
 from kdjax.losses.vocab import MASKED, Vocab
 
@@ -40,8 +42,8 @@ class Side(NamedTuple):
 class Fixed(NamedTuple):
     """What never carries a gradient."""
 
-    labels: Any
-    """int32 [N] or None, or a tree of [N] arrays: what is known of each row"""
+    known: PyTree[Shaped[AnyArray, " N"]] | None
+    """What is known of each row: int32 labels, or a tree of arrays, or None."""
     mask: Any
     """bool [N]"""
     keep: Any
@@ -57,7 +59,7 @@ class Plan:
     """The static part of a call."""
 
     values: Callable[..., tuple[jax.Array, ...]]
-    """Student logits, teacher logits or None, labels, keep, vocab, params -> K arrays of one float32 value a row."""
+    """Student logits, teacher logits or None, known, keep, vocab, params -> K arrays of one float32 value a row."""
     heads: tuple[Head, ...]
     """The student's and, if there is one, the teacher's, without arrays."""
     sizes: tuple[int, ...]
@@ -91,16 +93,16 @@ def sums_and_gradients(
 
     def step(carry, rows_here):
         sums, heads = carry
-        hidden, labels, mask = rows_here
+        hidden, known, mask = rows_here
         here = tuple(side._replace(hidden=h) for side, h in zip(sides, hidden, strict=True))
-        fixed_here = fixed._replace(labels=labels, mask=mask)
+        fixed_here = fixed._replace(known=known, mask=mask)
         (more, values), gradients = _chunk(plan, vocab, here, fixed_here, asked, heads, block)
         return (sums + more, _only_heads(gradients)), (_only_hidden(gradients), values)
 
     totals, terms = fixed.mixture.shape
     zeros = jax.tree.map(lambda yes, x: jnp.zeros(x.shape, jnp.float32), asked, _where(asked, sides))
     start = jnp.zeros(terms, jnp.float32), _only_heads((zeros,) * totals)
-    xs = jax.tree.map(blocks, (tuple(side.hidden for side in sides), fixed.labels, fixed.mask))
+    xs = jax.tree.map(blocks, (tuple(side.hidden for side in sides), fixed.known, fixed.mask))
     (sums, heads), (hidden, values) = lax.scan(step, start, xs)
     hidden = jax.tree.map(lambda x: x.reshape(count * chunk, -1)[:rows], hidden)
     gradients = tuple(
@@ -158,8 +160,8 @@ def _slopes(plan: Plan, vocab: Vocab, raws, biases, fixed: Fixed, asked: tuple[S
     def step(carry, start):
         sums, room, in_biases = carry
         logits = tuple(raw if own is None else own for raw, own in zip(raws, room[0] if room else first, strict=True))
-        labels, mask = of_block((fixed.labels, fixed.mask), start)
-        here = fixed._replace(labels=labels, mask=mask)
+        known, mask = of_block((fixed.known, fixed.mask), start)
+        here = fixed._replace(known=known, mask=mask)
         of_logits = partial(_mixed, plan, vocab, here, wanted)
         _, pull, (more, values) = jax.vjp(of_logits, of_block(logits, start), biases, has_aux=True)
         for i, one in enumerate(jnp.eye(count)):
@@ -182,7 +184,7 @@ def _mixed(plan: Plan, vocab: Vocab, fixed: Fixed, wanted: tuple[bool, ...], raw
     for i, (raw, bias) in enumerate(zip(raws, biases, strict=True)):
         z = _real(plan.heads[i].finish(raw, bias), plan.sizes[i], vocab)
         logits[i] = z if wanted[i] else lax.stop_gradient(z)
-    values = plan.values(*logits, fixed.labels, fixed.keep, vocab, fixed.params)
+    values = plan.values(*logits, fixed.known, fixed.keep, vocab, fixed.params)
     each = [jnp.where(fixed.mask, value, 0) for value in values]
     sums = jnp.stack([value.sum() for value in each])
     return mix(fixed.mixture, sums), (sums, jnp.stack(each) if plan.by_row else None)

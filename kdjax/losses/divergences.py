@@ -23,23 +23,24 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from kdjax.arrays import AnyArray, Number
 from kdjax.errors import UserError
 from kdjax.losses.registry import register_divergence
 from kdjax.losses.vocab import WHOLE, Vocab, floored
 
-Logits = Float[Array, "*rows V"]
+Logits = Float[AnyArray, "*rows V"]
 Values = Float[Array, "*rows"]
 
 
 @register_divergence("kl", split_vocab=True)
-def kl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE) -> Values:
+def kl(student_logits: Logits, teacher_logits: Logits, *, temperature: Number = 1.0, vocab: Vocab = WHOLE) -> Values:
     """Forward KL(p ‖ q) = Σ p (log p − log q), the loss of Hinton et al., 1503.02531."""
     student, teacher = _scaled(student_logits, teacher_logits, temperature)
     return _kl(teacher, student, vocab)
 
 
 @register_divergence("rkl", split_vocab=True)
-def rkl(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE) -> Values:
+def rkl(student_logits: Logits, teacher_logits: Logits, *, temperature: Number = 1.0, vocab: Vocab = WHOLE) -> Values:
     """Reverse KL(q ‖ p) = Σ q (log q − log p), as in MiniLLM, 2306.08543."""
     student, teacher = _scaled(student_logits, teacher_logits, temperature)
     return _kl(student, teacher, vocab)
@@ -50,8 +51,8 @@ def jsd(
     student_logits: Logits,
     teacher_logits: Logits,
     *,
-    temperature: float = 1.0,
-    jsd_beta: float = 0.5,
+    temperature: Number = 1.0,
+    jsd_beta: Number = 0.5,
     vocab: Vocab = WHOLE,
 ) -> Values:
     """Generalised Jensen-Shannon: β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = βp + (1 − β)q (GKD, 2306.13649).
@@ -71,8 +72,8 @@ def skl(
     student_logits: Logits,
     teacher_logits: Logits,
     *,
-    temperature: float = 1.0,
-    skew_lambda: float = 0.1,
+    temperature: Number = 1.0,
+    skew_lambda: Number = 0.1,
     vocab: Vocab = WHOLE,
 ) -> Values:
     """Skew KL(p ‖ λp + (1 − λ)q), 0 ≤ λ < 1 (DistiLLM, 2402.03898)."""
@@ -86,8 +87,8 @@ def srkl(
     student_logits: Logits,
     teacher_logits: Logits,
     *,
-    temperature: float = 1.0,
-    skew_lambda: float = 0.1,
+    temperature: Number = 1.0,
+    skew_lambda: Number = 0.1,
     vocab: Vocab = WHOLE,
 ) -> Values:
     """Skew reverse KL(q ‖ (1 − λ)p + λq), 0 ≤ λ < 1 (DistiLLM, 2402.03898)."""
@@ -101,8 +102,8 @@ def akl(
     student_logits: Logits,
     teacher_logits: Logits,
     *,
-    temperature: float = 1.0,
-    adaptive_alpha: float = 0.5,
+    temperature: Number = 1.0,
+    adaptive_alpha: Number = 0.5,
     vocab: Vocab = WHOLE,
 ) -> Values:
     """Adaptive KL: w KL(p ‖ q) + (1 − w) KL(q ‖ p), w = g_head / (g_head + g_tail) (2404.02657).
@@ -122,7 +123,7 @@ def akl(
 
 
 @register_divergence("tvd", split_vocab=True)
-def tvd(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE) -> Values:
+def tvd(student_logits: Logits, teacher_logits: Logits, *, temperature: Number = 1.0, vocab: Vocab = WHOLE) -> Values:
     """Total variation distance ½ Σ |p − q|."""
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
     return 0.5 * vocab.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
@@ -130,7 +131,7 @@ def tvd(student_logits: Logits, teacher_logits: Logits, *, temperature: float = 
 
 @register_divergence("top1_ce", split_vocab=True)
 def top1_ce(
-    student_logits: Logits, teacher_logits: Logits, *, temperature: float = 1.0, vocab: Vocab = WHOLE
+    student_logits: Logits, teacher_logits: Logits, *, temperature: Number = 1.0, vocab: Vocab = WHOLE
 ) -> Values:
     """−max p · log q[argmax p]: cross-entropy on the teacher's choice (the lowest id of equal ones), weighted by p."""
     log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
@@ -143,7 +144,7 @@ def hrl(
     student_logits: Logits,
     teacher_logits: Logits,
     *,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     hrl_topk: int = 5,
     vocab: Vocab = WHOLE,
 ) -> Values:
@@ -167,12 +168,12 @@ def hrl(
 
 
 @register_divergence("ce", split_vocab=True)
-def ce(student_logits: Logits, labels: Int[Array, "*rows"], *, vocab: Vocab = WHOLE) -> Values:
+def ce(student_logits: Logits, labels: Int[AnyArray, "*rows"], *, vocab: Vocab = WHOLE) -> Values:
     """Cross-entropy −log q[label] at τ = 1, over the student's whole softmax."""
     return vocab.nll(floored(student_logits), labels)
 
 
-def _scaled(student: Array, teacher: Array, temperature: float) -> tuple[Array, Array]:
+def _scaled(student: AnyArray, teacher: AnyArray, temperature: Number) -> tuple[Array, Array]:
     """Both logits divided by the temperature, in float32."""
     _require("temperature", temperature, "above 0", lambda t: t > 0)
     if student.shape[-1] != teacher.shape[-1]:
@@ -183,7 +184,7 @@ def _scaled(student: Array, teacher: Array, temperature: float) -> tuple[Array, 
     return floored(student / temperature), floored(teacher / temperature)
 
 
-def _log_probs(student: Array, teacher: Array, temperature: float, vocab: Vocab) -> tuple[Array, Array]:
+def _log_probs(student: AnyArray, teacher: AnyArray, temperature: Number, vocab: Vocab) -> tuple[Array, Array]:
     log_q, log_p = (vocab.log_softmax(x) for x in _scaled(student, teacher, temperature))
     return log_q, log_p
 
@@ -212,13 +213,13 @@ def _kl_terms(log_a: Array, log_b: Array) -> Array:
     return a * (log_a - log_b) - a + b
 
 
-def _log_mixture(share: float, log_a: Array, log_b: Array) -> Array:
+def _log_mixture(share: Number, log_a: Array, log_b: Array) -> Array:
     """log(share · a + (1 − share) · b); where both vanish some finite number, which is only ever multiplied by 0."""
     mixture = share * jnp.exp(log_a) + (1 - share) * jnp.exp(log_b)
     return jnp.log(jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny))
 
 
-def _tail(logits: Array, p: Array, alpha: float, vocab: Vocab) -> Bool[Array, "*rows V"]:
+def _tail(logits: Array, p: Array, alpha: Number, vocab: Vocab) -> Bool[Array, "*rows V"]:
     """The tail of akl by two bisections: on the threshold, then on the ids of the tokens that lie at the threshold.
 
     Sorting would need whole rows on one device, and costs more there than these masked sums.
@@ -253,7 +254,7 @@ def _tail(logits: Array, p: Array, alpha: float, vocab: Vocab) -> Bool[Array, "*
     return below | (at & (ids < last[..., None]))
 
 
-def _require(name: str, value: float, what: str, holds: Callable[[float], bool]) -> None:
+def _require(name: str, value: Number, what: str, holds: Callable[[Number], bool]) -> None:
     # A traced value, such as a scheduled temperature, is known only on the device.
     if not isinstance(value, jax.core.Tracer) and not holds(value):
         raise UserError(f"{name} is {value}, it must be {what}")

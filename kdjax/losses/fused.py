@@ -87,14 +87,14 @@ def _run_sharded(plan: Plan, batch: tuple[str, ...], tensor: tuple[str, ...], si
         if keep is None and min(sizes) < columns[0]:
             keep = jnp.ones(min(sizes), bool)
         keep = resize(keep, 0, columns[0])
-    labels, mask = jax.tree.map(lambda x: resize(x, 0, even_rows), (fixed.labels, fixed.mask))
-    fixed = fixed._replace(labels=labels, mask=mask, keep=keep)
+    known, mask = jax.tree.map(lambda x: resize(x, 0, even_rows), (fixed.known, fixed.mask))
+    fixed = fixed._replace(known=known, mask=mask, keep=keep)
     sides = _resized(plan, sides, even_rows, columns)
 
     scattered = [_divides(mesh, side, head) for side, head in zip(sides, plan.heads, strict=True)]
     over_rows, over_vocab = P(batch or None), P(tensor or None)
     side_specs = tuple(Side(over_rows, _weight_spec(head, tensor), over_vocab) for head in plan.heads)
-    of_rows, everywhere = jax.tree.map(lambda _: over_rows, labels), jax.tree.map(lambda _: P(), fixed.params)
+    of_rows, everywhere = jax.tree.map(lambda _: over_rows, known), jax.tree.map(lambda _: P(), fixed.params)
     fixed_specs = Fixed(of_rows, over_rows, over_vocab, P(), everywhere)
     gradient_specs = tuple(
         Side(over_rows, _weight_spec(head, tensor, FSDP if scatter else None), over_vocab)

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from kdjax.arrays import AnyArray, Number
 from kdjax.errors import UserError
 from kdjax.head import Head, as_head
 from kdjax.losses.chunks import Fixed, Plan, Side
@@ -27,15 +28,15 @@ Scalar = Float[Array, ""]
 
 
 def linear_divergence(
-    student_hidden: Float[Array, "N D"],
-    student_head: Head | Float[Array, "D V"],
-    teacher_hidden: Float[Array, "N E"],
-    teacher_head: Head | Float[Array, "E V"],
+    student_hidden: Float[AnyArray, "N D"],
+    student_head: Head | Float[AnyArray, "D V"],
+    teacher_hidden: Float[AnyArray, "N E"],
+    teacher_head: Head | Float[AnyArray, "E W"],
     *,
     divergence: str | Callable[..., Array] = "kl",
-    labels: Int[Array, " N"] | None = None,
-    mask: Bool[Array, " N"],
-    temperature: float = 1.0,
+    labels: Int[AnyArray, " N"] | None = None,
+    mask: Bool[AnyArray, " N"],
+    temperature: Number = 1.0,
     mesh: Mesh | AbstractMesh | None = None,
     chunk_rows: int | None = None,
     **params: Any,
@@ -73,16 +74,16 @@ def linear_divergence(
 
 
 def linear_objective(
-    student_hidden: Float[Array, "N D"],
-    student_head: Head | Float[Array, "D V"],
-    teacher_hidden: Float[Array, "N E"] | None,
-    teacher_head: Head | Float[Array, "E V"] | None,
+    student_hidden: Float[AnyArray, "N D"],
+    student_head: Head | Float[AnyArray, "D V"],
+    teacher_hidden: Float[AnyArray, "N E"] | None,
+    teacher_head: Head | Float[AnyArray, "E W"] | None,
     *,
-    labels: Int[Array, " N"],
-    mask: Bool[Array, " N"],
-    kd_ratio: float | Scalar = 0.5,
+    labels: Int[AnyArray, " N"],
+    mask: Bool[AnyArray, " N"],
+    kd_ratio: Number = 0.5,
     divergence: str | Callable[..., Array] = "kl",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     mesh: Mesh | AbstractMesh | None = None,
     chunk_rows: int | None = None,
     **params: Any,
@@ -113,13 +114,13 @@ def linear_objective(
 
 def linear_rows(
     values: Callable[..., tuple[Array, ...]],
-    student_hidden: Float[Array, "N D"],
-    student_head: Head | Float[Array, "D V"],
-    teacher_hidden: Float[Array, "N E"],
-    teacher_head: Head | Float[Array, "E V"],
+    student_hidden: Float[AnyArray, "N D"],
+    student_head: Head | Float[AnyArray, "D V"],
+    teacher_hidden: Float[AnyArray, "N E"],
+    teacher_head: Head | Float[AnyArray, "E W"],
     *,
-    rows: dict[str, Array],
-    mask: Bool[Array, " N"],
+    rows: dict[str, Shaped[AnyArray, " N"]],
+    mask: Bool[AnyArray, " N"],
     mesh: Mesh | AbstractMesh | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Scalar, dict[str, Float[Array, " N"]]]:
@@ -151,14 +152,14 @@ class _Plain:
 
 
 def linear_statistics(
-    student_hidden: Float[Array, "N D"],
-    student_head: Head | Float[Array, "D V"],
-    teacher_hidden: Float[Array, "N E"] | None = None,
-    teacher_head: Head | Float[Array, "E V"] | None = None,
+    student_hidden: Float[AnyArray, "N D"],
+    student_head: Head | Float[AnyArray, "D V"],
+    teacher_hidden: Float[AnyArray, "N E"] | None = None,
+    teacher_head: Head | Float[AnyArray, "E W"] | None = None,
     *,
-    labels: Int[Array, " N"],
-    mask: Bool[Array, " N"],
-    groups: Int[Array, " N"] | None = None,
+    labels: Int[AnyArray, " N"],
+    mask: Bool[AnyArray, " N"],
+    groups: Int[AnyArray, " N"] | None = None,
     group_count: int | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     chunk_rows: int | None = None,
@@ -244,9 +245,9 @@ def common_ids(student: Array, teacher: Array, keep: Array | None) -> tuple[Arra
 
 def _totals(
     values: Callable[..., tuple[Array, ...]],
-    rows: tuple[tuple[Array, Head], ...],
-    labels: Array | None,
-    mask: Array,
+    rows: tuple[tuple[AnyArray, Head], ...],
+    known: PyTree[Shaped[AnyArray, " N"]] | None,
+    mask: Bool[AnyArray, " N"],
     traced: dict[str, Array],
     mixture: Array,
     mesh: Mesh | AbstractMesh | None,
@@ -254,7 +255,7 @@ def _totals(
     by_row: bool = False,
 ) -> tuple[Array, tuple[Array, Array | None]]:
     heads = [head for _, head in rows]
-    _check(rows, labels, mask, chunk_rows)
+    _check(rows, known, mask, chunk_rows)
     plan = Plan(
         values=values,
         heads=tuple(replace(head, weight=None, bias=None, valid=None) for head in heads),
@@ -264,17 +265,17 @@ def _totals(
         by_row=by_row,
     )
     sides = tuple(Side(hidden, head.weight, head.bias) for hidden, head in rows)
-    fixed = Fixed(labels, mask, _valid_in_both(heads), jax.lax.stop_gradient(mixture), jax.lax.stop_gradient(traced))
+    fixed = Fixed(known, mask, _valid_in_both(heads), jax.lax.stop_gradient(mixture), jax.lax.stop_gradient(traced))
     return totals_and_sums(plan, sides, fixed)
 
 
-def _has_teacher(hidden: Array | None, head: Head | Array | None) -> bool:
+def _has_teacher(hidden: AnyArray | None, head: Head | AnyArray | None) -> bool:
     if (hidden is None) != (head is None):
         raise UserError(f"teacher: {'a head without hidden rows' if hidden is None else 'hidden rows without a head'}")
     return hidden is not None
 
 
-def _valid_in_both(heads: list[Head]) -> Array | None:
+def _valid_in_both(heads: list[Head]) -> AnyArray | None:
     known = [head.valid for head in heads if head.valid is not None]
     columns = min(head.vocabulary for head in heads)
     if len(heads) == 1 or not known:
@@ -288,8 +289,8 @@ def _ambient() -> AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
-def _count(mask: Array) -> Scalar:
-    return mask.sum(dtype=jnp.float32)
+def _count(mask: AnyArray) -> Scalar:
+    return jnp.sum(mask, dtype=jnp.float32)
 
 
 def _comparison(divergence: str | Callable[..., Array]) -> Divergence:
@@ -305,7 +306,7 @@ def _split(params: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], dict[st
     return tuple(sorted((name, value) for name, value in params.items() if name not in traced)), traced
 
 
-def _check(rows, labels, mask, chunk_rows) -> None:
+def _check(rows, known, mask, chunk_rows) -> None:
     count = mask.shape[0]
     for side, (hidden, head) in zip(("student", "teacher"), rows, strict=False):
         if hidden.ndim != 2 or head.weight.ndim != 2 or hidden.shape[1] != head.width:
@@ -318,8 +319,9 @@ def _check(rows, labels, mask, chunk_rows) -> None:
         for name, array in (("bias", head.bias), ("valid", head.valid)):
             if array is not None and array.shape != (head.vocabulary,):
                 raise UserError(f"{side}: head {name} has shape {array.shape}, it must be ({head.vocabulary},)")
-    for of_rows in jax.tree.leaves(labels):
+    for path, of_rows in jax.tree.leaves_with_path(known):
         if of_rows.shape != mask.shape:
-            raise UserError(f"labels have shape {of_rows.shape}, but the mask has {mask.shape}")
+            name = jax.tree_util.keystr(path, simple=True) or "labels"
+            raise UserError(f"{name}: shape {of_rows.shape}, but the mask has {mask.shape}")
     if chunk_rows is not None and chunk_rows < 1:
         raise UserError(f"chunk_rows is {chunk_rows}, it must be at least 1")

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from kdjax.arrays import AnyArray, Number
 from kdjax.errors import UserError
 from kdjax.losses.vocab import WHOLE, Vocab
 from kdjax.registry import Registry
@@ -32,11 +33,11 @@ class Divergence:
         names = tuple(inspect.signature(self.fn).parameters)[2:]
         return tuple(n for n in names if not (self.split_vocab and n == "vocab"))
 
-    def __call__(self, student: Array, teacher: Array, vocab: Vocab = WHOLE, **params: Any) -> Array:
+    def __call__(self, student: AnyArray, teacher: AnyArray, vocab: Vocab = WHOLE, **params: Any) -> Array:
         if self.split_vocab:
             return self.fn(student, teacher, vocab=vocab, **params)
 
-        def values(student: Array, teacher: Array) -> Array:
+        def values(student: AnyArray, teacher: AnyArray) -> Array:
             found = jnp.asarray(self.fn(student, teacher, **params))
             if found.shape != student.shape[:-1]:
                 raise UserError(
@@ -100,13 +101,15 @@ def find_divergence(divergence: str | Callable[..., Array]) -> Divergence:
 
 def divergence(
     name: str | Callable[..., Array],
-    student_logits: Float[Array, "*rows V"],
-    teacher_logits: Float[Array, "*rows V"],
+    student_logits: Float[AnyArray, "*rows V"],
+    teacher_logits: Float[AnyArray, "*rows V"] | Int[AnyArray, "*rows"],
     *,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     **params: Any,
 ) -> Float[Array, "*rows"]:
     """The divergence called ``name`` of two blocks of logits, one value a row, natural logarithm, no τ² factor.
+
+    Cross-entropy (``"ce"``) takes labels in the place of the teacher's logits.
 
     Raises UserError for an unknown name (known ones are listed), for a parameter that it does not take or a value
     outside its range, and for unequal vocabularies.

@@ -7,7 +7,7 @@ the log-probability that the engine gave it comes along. A dataset row's label w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -54,6 +54,7 @@ class Sampled:
         return jnp.exp(gap) - 1 - gap, jnp.where(on, log_q - log_p, 0.0), entropy, overlap, weight
 
 
+@runtime_checkable
 class RolloutValues(Protocol):
     """What a row is worth and what is watched of it: for ``linear_rows`` and ``kdjax.algorithms.rollout_terms``.
 

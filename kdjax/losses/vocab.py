@@ -21,6 +21,8 @@ from jax import lax
 from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Bool, Float, Int
 
+from kdjax.arrays import AnyArray
+
 MASKED = -1e30
 """The logit of an id that is left out. Its probability is exactly 0, as with −inf, but log-probabilities stay finite,
 so that 0 · log 0 is 0 and no loss, a user's included, turns into NaN."""
@@ -49,7 +51,7 @@ class Vocab:
     def sum(self, x: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
         return _total(x.sum(-1), self.axis)
 
-    def argmax(self, x: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    def argmax(self, x: Float[AnyArray, "*rows V"]) -> Int[Array, "*rows"]:
         """The id of the largest entry, the lowest of equal ones."""
         x = lax.stop_gradient(x)
         first = x.argmax(-1).astype(jnp.int32)
@@ -59,7 +61,7 @@ class Vocab:
         here = largest == lax.pmax(largest, self.axis)
         return lax.pmin(jnp.where(here, first + self.ids(x.shape[-1])[0], self.size(x.shape[-1])), self.axis)
 
-    def top_k(self, x: Float[Array, "*rows V"], k: int) -> Int[Array, "*rows k"]:
+    def top_k(self, x: Float[AnyArray, "*rows V"], k: int) -> Int[Array, "*rows k"]:
         """The ids of the ``k`` largest entries, largest first, equal ones by ascending id."""
         x = lax.stop_gradient(x)
         values, ids = lax.top_k(x, min(k, x.shape[-1]))
@@ -70,7 +72,7 @@ class Vocab:
         values, ids = (lax.all_gather(a, self.axis, axis=a.ndim - 1, tiled=True) for a in (values, ids))
         return jnp.take_along_axis(ids, lax.top_k(values, k)[1], axis=-1)
 
-    def take(self, x: Float[Array, "*rows V"], ids: Int[Array, "*rows k"]) -> Float[Array, "*rows k"]:
+    def take(self, x: Float[AnyArray, "*rows V"], ids: Int[AnyArray, "*rows k"]) -> Float[Array, "*rows k"]:
         """``x`` at a few ids of each row."""
         if self.axis is None:
             return jnp.take_along_axis(x, ids, axis=-1)
@@ -79,18 +81,18 @@ class Vocab:
         picked = jnp.take_along_axis(x, jnp.clip(local, 0, x.shape[-1] - 1), axis=-1)
         return _total(jnp.where(here, picked, 0), self.axis)
 
-    def at(self, x: Float[Array, "*rows V"], ids: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    def at(self, x: Float[AnyArray, "*rows V"], ids: Int[AnyArray, "*rows"]) -> Float[Array, "*rows"]:
         """``x`` at one id of each row, as a masked sum: it fuses with its neighbours where a gather would not."""
         return self.sum(jnp.where(self.ids(x.shape[-1]) == ids[..., None], x, 0))
 
-    def log_softmax(self, logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+    def log_softmax(self, logits: Float[AnyArray, "*rows V"]) -> Float[Array, "*rows V"]:
         return _log_softmax(logits, self.axis)
 
-    def nll(self, logits: Float[Array, "*rows V"], labels: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    def nll(self, logits: Float[AnyArray, "*rows V"], labels: Int[AnyArray, "*rows"]) -> Float[Array, "*rows"]:
         """−log softmax(logits)[label]."""
         return _nll(logits, self.ids(logits.shape[-1]) == labels[..., None], self.axis)
 
-    def by_rows(self, fn: Callable[..., Array], *blocks: Float[Array, "rows V"]) -> Float[Array, " rows"]:
+    def by_rows(self, fn: Callable[..., Array], *blocks: Float[AnyArray, "rows V"]) -> Float[Array, " rows"]:
         """``fn`` of whole rows, for a function that knows nothing of a split axis.
 
         Each device exchanges its columns of all rows for all columns of its share of the rows, so that this one block
@@ -108,18 +110,18 @@ class Vocab:
 WHOLE = Vocab()
 
 
-def masked(logits: Float[Array, "*rows V"], keep: Bool[Array, " V"] | None) -> Float[Array, "*rows V"]:
+def masked(logits: Float[AnyArray, "*rows V"], keep: Bool[AnyArray, " V"] | None) -> Float[Array, "*rows V"]:
     """``logits`` with the ids that are not in ``keep`` left out; None keeps all."""
     return logits if keep is None else jnp.where(keep, logits, MASKED)
 
 
-def floored(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+def floored(logits: Float[AnyArray, "*rows V"]) -> Float[Array, "*rows V"]:
     """float32 logits with ``MASKED`` for −inf. The slope is passed on as it is: a probability of 0 has made it 0."""
     return _floored(logits.astype(jnp.float32))
 
 
 @jax.custom_jvp
-def _floored(logits: Array) -> Array:
+def _floored(logits: AnyArray) -> Array:
     return jnp.maximum(logits, MASKED)
 
 
@@ -133,7 +135,7 @@ def _total(x: Array, axis: str | None) -> Array:
     return linear_call(lambda _, x: lax.psum(x, axis), lambda _, slope: slope, (), x)
 
 
-def _normaliser(logits: Array, axis: str | None) -> tuple[Array, Array]:
+def _normaliser(logits: AnyArray, axis: str | None) -> tuple[Array, Array]:
     """The logits below their row's largest, and the logarithm of the sum of their exponentials [..., 1]."""
     top = logits.max(-1, keepdims=True)
     below = logits - (top if axis is None else lax.pmax(top, axis))
@@ -143,7 +145,7 @@ def _normaliser(logits: Array, axis: str | None) -> tuple[Array, Array]:
 
 # The slopes are written out to keep one array of the block's size, where automatic ones would keep three.
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_softmax(logits: Array, axis: str | None) -> Array:
+def _log_softmax(logits: AnyArray, axis: str | None) -> Array:
     below, log_sum = _normaliser(logits, axis)
     return below - log_sum
 
@@ -156,7 +158,7 @@ def _log_softmax_slope(axis: str | None, logits: tuple[Array], tangent: tuple[Ar
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _nll(logits: Array, hot: Array, axis: str | None) -> Array:
+def _nll(logits: AnyArray, hot: AnyArray, axis: str | None) -> Array:
     below, log_sum = _normaliser(logits, axis)
     return log_sum[..., 0] - _total(jnp.where(hot, below, 0).sum(-1), axis)
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kdjax.arrays import AnyArray
+
 IMPLEMENTATIONS = ("xla", "cudnn")
 BLOCK, MOST_BLOCKS = 128, 4
 
@@ -14,7 +16,7 @@ def causal_attention(
     q: Float[Array, "B S H head_dim"],
     k: Float[Array, "B S K head_dim"],
     v: Float[Array, "B S K head_dim"],
-    segment_ids: Int[Array, "B S"] | None = None,
+    segment_ids: Int[AnyArray, "B S"] | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "B S H head_dim"]:
     """Softmax attention where row t sees rows ≤ t of its own segment; the softmax runs in float32.
@@ -41,7 +43,7 @@ def causal_attention(
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _mask(start: int, stop: int, segment_ids: Int[Array, "B S"] | None) -> Bool[Array, "#B 1 queries keys"]:
+def _mask(start: int, stop: int, segment_ids: Int[AnyArray, "B S"] | None) -> Bool[Array, "#B 1 queries keys"]:
     """Which keys [0, stop) the queries [start, stop) see."""
     seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None, None]
     if segment_ids is None:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from kdjax.arrays import AnyArray
 from kdjax.errors import UserError
 from kdjax.head import Head
 from kdjax.models.attention import IMPLEMENTATIONS, causal_attention
@@ -127,7 +128,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B S D"],
         cos: Float[Array, "B S half"],
         sin: Float[Array, "B S half"],
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         rules = self.compute.rules
         q = constrain(self.q(x), "batch", "sequence", "heads", "head_dim", rules=rules)
@@ -171,7 +172,7 @@ class Block(nnx.Module):
         x: Float[Array, "B S D"],
         cos: Float[Array, "B S half"],
         sin: Float[Array, "B S half"],
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[AnyArray, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x), cos, sin, segment_ids)
@@ -205,9 +206,9 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B S"],
-        positions: Int[Array, "B S"] | None = None,
-        segment_ids: Int[Array, "B S"] | None = None,
+        tokens: Int[AnyArray, "B S"],
+        positions: Int[AnyArray, "B S"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
         *,
         hidden_layers: Sequence[int] = (),
     ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], tuple[Float[Array, "B S D"], ...]]:

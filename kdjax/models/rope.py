@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kdjax.arrays import AnyArray
 from kdjax.models.config import Rope
 
 
@@ -27,7 +28,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def angles(
-    positions: Int[Array, "B S"], rope: Rope, head_dim: int
+    positions: Int[AnyArray, "B S"], rope: Rope, head_dim: int
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
     """Cosine and sine, float32: bfloat16 cannot tell neighbouring positions apart beyond 256."""
     turned = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
@@ -43,7 +44,7 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def segment_positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def segment_positions(segment_ids: Int[AnyArray, "B S"]) -> Int[Array, "B S"]:
     """Positions that restart at 0 wherever the segment changes."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     starts = jnp.concatenate(

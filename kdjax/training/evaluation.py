@@ -73,7 +73,7 @@ class Evaluator:
         return values
 
 
-def response_positions(batch: Batch) -> Int32[Array, " G*N"]:
+def response_positions(batch: Batch) -> Int32[Array, " {batch.rows.size}"]:
     """How many loss rows of its own document stand before each loss row: 0 for a response's first token.
 
     Padding entries hold anything. ``batch`` is one micro-batch.
