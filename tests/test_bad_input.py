@@ -198,7 +198,12 @@ def test_vocabularies_that_differ(values, copied, capfd):
         vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
 
     edit_json(copied / "tokenizer.json", swap)
-    refused(changed(values, data={"tokenizer": str(copied)}), capfd, "the vocabularies differ", "use a teacher with the student's tokenizer")
+    refused(
+        changed(values, data={"tokenizer": str(copied)}),
+        capfd,
+        "the vocabularies differ",
+        "use a teacher with the student's tokenizer",
+    )
 
 
 def test_head_width_that_does_not_fit(values, copied, capfd):
