@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks.record import ROOT, record
+from benchmarks.shapes import qwen3
 from benchmarks.timing import SECONDS, in_turns, peak_bytes, quotient
 from kdjax.algorithms import Teacher, make_algorithm
 from kdjax.config import from_dict, load_config
@@ -45,9 +46,7 @@ BATCH = 8  # whose longest document the others are padded to
 
 def make(sequence: int, batch: int, vocabulary: int, layers: int) -> tuple[Step, Callable[[], float]]:
     """A step of this shape, and a call of it that waits for its loss."""
-    config = dict(
-        architectures=["Qwen3ForCausalLM"],
-        model_type="qwen3",
+    config = qwen3(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
@@ -55,11 +54,7 @@ def make(sequence: int, batch: int, vocabulary: int, layers: int) -> tuple[Step,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=WIDTH // 4,
-        hidden_act="silu",
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
         max_position_embeddings=sequence,
-        tie_word_embeddings=True,
     )
     data = {"train": [{"path": "none"}], "tokenizer": "none"}
     settings = from_dict({"student": {"init": "random", "config": config}, "data": data})

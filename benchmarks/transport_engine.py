@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks.record import ROOT, record, spread
+from benchmarks.shapes import qwen3
 from benchmarks.timing import ROUNDS, quotient
 from benchmarks.transport_engine_side import VOCABULARY, ids_of
 from bridge.client import start_engine
@@ -41,9 +42,7 @@ APART = 1e-4  # of rows by both ways: other engines, other batches
 
 
 def save_model(folder: Path, width: int) -> Path:
-    shape = dict(
-        architectures=["Qwen3ForCausalLM"],
-        model_type="qwen3",
+    shape = qwen3(
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=width,
@@ -51,11 +50,7 @@ def save_model(folder: Path, width: int) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        hidden_act="silu",
-        rms_norm_eps=1e-6,
-        rope_theta=1e4,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
         eos_token_id=1,
     )
     return export_hf(load_model(None, config=shape, init="random"), folder)

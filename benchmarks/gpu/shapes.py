@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.shapes import qwen3
+
 QWEN3 = {
     "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     "1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
@@ -15,16 +17,10 @@ VOCABULARY = 151_936
 
 def shape(size: str, toy: bool) -> dict[str, Any]:
     """config.json of the Qwen3 of this size."""
-    return dict(
-        architectures=["Qwen3ForCausalLM"],
-        model_type="qwen3",
+    return qwen3(
         vocab_size=4096 if toy else VOCABULARY,
         num_key_value_heads=2 if toy else 8,
         head_dim=16 if toy else 128,
-        hidden_act="silu",
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
         **(TOY if toy else QWEN3[size]),
     )

@@ -94,9 +94,9 @@ class _Run:
         keep_compiled(self.config.train.compilation_cache, self.display.line)
         if self.config.student.attention == "cudnn" and self.config.data.packing:
             self.display.line(MASKED)
-        if self.config.teacher.path and self.config.teacher.dtype == "bfloat16" and engine_device() == "cpu":
-            if not computes_bfloat16():
-                self.display.line(SLOW)
+        slow = self.config.teacher.path and self.config.teacher.dtype == "bfloat16"
+        if slow and engine_device() == "cpu" and not computes_bfloat16():
+            self.display.line(SLOW)
         with Interrupt(self.display.line, self._leave_at_once) as self.interrupt:
             try:
                 with ExitStack() as self.opened:
