@@ -238,8 +238,9 @@ def hanging(hangs, **more):
 
     does = dict.fromkeys(("produce", "follow"), lambda: None) | {hangs: until_killed}
     stream = Stream.__new__(Stream)
-    stream.data, stream.turns, stream._waits = RolloutStream.__new__(RolloutStream), Turns(), Waits()
-    stream.data.engines = SimpleNamespace(follow=does["follow"], kill=killed.set)
+    stream.data = stream._rollouts = RolloutStream.__new__(RolloutStream)
+    stream.turns, stream._waits = Turns(), Waits()
+    stream._rollouts.engines = SimpleNamespace(follow=does["follow"], kill=killed.set)
     stream.config = SimpleNamespace(colocate=False, train=SimpleNamespace(**more))
     stream.engine = stream.self_teacher = stream._taken = stream._step = None
     stream._begun, stream.steps = True, None

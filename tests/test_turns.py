@@ -156,7 +156,7 @@ def test_what_is_to_stay_resident_stays_outside_its_turn():
     values = {"student": {"path": "s"}, "teacher": {"path": "t", "resident": ["weights"]}, "colocate": True}
     values |= {"data": {"train": [{"path": "rows.jsonl"}]}, "rollout": {"resident": ["kv_cache"]}}
     log, stream = [], object.__new__(Stream)
-    stream.config, stream.data, stream.self_teacher = from_dict(values), None, None
+    stream.config, stream._rollouts, stream.self_teacher = from_dict(values), None, None
     stream.engine = SimpleNamespace(remote=Engine("teacher", log), wait_ready=lambda: None)
     stream.attach(SimpleNamespace())
     stream.turns.join("student", [Engine("student", log)])

@@ -1,4 +1,4 @@
-"""documents, and the static batches they are laid out in: the one place where targets are shifted.
+"""Documents, and the static batches they are laid out in: the one place where targets are shifted.
 
 Row t of a document carries loss when token t+1 is one of its loss tokens; its label is that token. Everything after
 this module works on loss rows and never shifts again.

@@ -1,4 +1,4 @@
-"""batches by a budget of tokens: which lengths rows may have, how many rows fit, and which documents go next."""
+"""Batches by a budget of tokens: which lengths rows may have, how many rows fit, and which documents go next."""
 
 from __future__ import annotations
 

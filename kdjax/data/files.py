@@ -1,4 +1,4 @@
-"""rows by number from files, saved datasets and the hub: the random access that shuffling and resuming rest on."""
+"""Rows by number from files, saved datasets and the hub: the random access that shuffling and resuming rest on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""what a row says: chat messages, ShareGPT, Alpaca, prompt and response, a prompt alone, or plain text, as one form."""
+"""What a row says: chat messages, ShareGPT, Alpaca, prompt and response, a prompt alone, or plain text, as one form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""several documents a row: best-fit decreasing over a group of rows, what does not fit goes first next time."""
+"""Several documents a row: best-fit decreasing over a group of rows, what does not fit goes first next time."""
 
 from __future__ import annotations
 

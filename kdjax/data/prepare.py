@@ -1,4 +1,4 @@
-"""one row of a source → its documents, or the reason why there are none."""
+"""One row of a source → its documents, or the reason why there are none."""
 
 from __future__ import annotations
 

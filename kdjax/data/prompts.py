@@ -1,4 +1,4 @@
-"""the rows of the sources as prompts: what a model is to answer, and what the answer should be."""
+"""The rows of the sources as prompts: what a model is to answer, and what the answer should be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""the resumable stream of batches: read, shuffle, mix, tokenize (grain), pack, lay out."""
+"""The resumable stream of batches: read, shuffle, mix, tokenize (grain), pack, lay out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import grain
@@ -16,6 +16,7 @@ from kdjax.data.batch import Document, HostBatch, collate
 from kdjax.data.budget import WINDOW, TokenBudget
 from kdjax.data.packing import pack
 from kdjax.data.prepare import Prepared, first_documents, open_sources
+from kdjax.data.source import LOSSES, BatchSource, Statistics
 from kdjax.errors import UserError
 
 # Documents read for a group of rows, as a share of what the rows hold: the surplus gives the packer something to choose
@@ -25,53 +26,7 @@ SURPLUS = 1.25
 Waiting = list[tuple[tuple[int, int], Document]]  # documents with their names: the row they are from, number within it
 
 
-# What may happen to a row or document, in words.
-LOSSES = {
-    "skipped": "malformed row is left out",
-    "dropped": "document longer than data.max_len is left out",
-    "truncated": "document longer than data.max_len is cut",
-    "without_loss": "document without a token to learn from is left out",
-}
-
-
-@dataclass
-class Statistics:
-    """What the stream has read and handed out so far, for the run's report."""
-
-    rows: int = 0
-    """Rows read, the unusable ones included."""
-    documents: int = 0
-    """Documents made of them."""
-    skipped: int = 0
-    """Malformed rows (with on_bad_row: skip)."""
-    dropped: int = 0
-    """Documents longer than max_len that were left out."""
-    truncated: int = 0
-    """Documents longer than max_len that were cut."""
-    without_loss: int = 0
-    """Documents without a token to learn from."""
-    longest: int = 0
-    """Tokens of the longest document, before dropping or cutting."""
-    batches: int = 0
-    """Batches handed out."""
-    tokens: int = 0
-    """Tokens in them."""
-    loss_tokens: int = 0
-    """Tokens that carry loss in them."""
-    positions: int = 0
-    """Positions in them, padding included."""
-
-    def of_rows(self) -> dict[str, float]:
-        """What became of rows and documents that are not used as they are, by the names of metrics; none that is 0."""
-        return {f"data/{name}": float(count) for name in LOSSES if (count := getattr(self, name))}
-
-    @property
-    def padding(self) -> float:
-        """Share of all positions that hold no token."""
-        return 1 - self.tokens / self.positions if self.positions else 0.0
-
-
-class DataStream(Iterator[HostBatch]):
+class DataStream(BatchSource):
     """An iterator of HostBatches whose order depends on the data, the configuration and the seed alone.
 
     Args:
@@ -119,26 +74,24 @@ class DataStream(Iterator[HostBatch]):
             raise ValueError("a stream's batches have either `batch` rows or `tokens_per_batch` positions")
         if batch is not None and batch % shards:
             raise UserError(f"train: a micro-batch of {batch} rows does not divide over {shards} data shards")
-        self._data, self._rows_each = data, batch
+        self._rows_each = batch
         self._packed = data.packing and batch is not None
         self._parts = {"accumulate": accumulate, "shards": shards}
         self._seq_len = data.max_len
         self._budget = None
         if tokens_per_batch is not None:
             self._budget = TokenBudget(tokens_per_batch, self._seq_len, **self._parts)
-        self._seed = seed
         sources = data.train if sources is None else sources
         opened = open_sources(sources, data, tokenizer, max_len=self._seq_len, vocab_size=vocab_size, seed=seed)
-        self._opened, self._sizes = opened, [len(rows) for rows, _ in opened]
+        super().__init__(data, seed, [len(rows) for rows, _ in opened])
+        self._opened = opened
         self.templated = any(source.templated for source in opened)
-        self.rows_per_epoch = sum(self._sizes)
         weights = [None if in_order else source.weight for source in sources]
         self._rows = order_rows([rows for rows, _ in opened], weights, data.shuffle and not in_order, seed)
         ends = [] if epochs is None else [max(1, round(epochs * self.rows_per_epoch))]
         self._end = min([*ends, *([] if max_rows is None else [max_rows])], default=None)
         self._reader = self._read()
         self._loss_sizes: dict[int, set[int]] = defaultdict(set)  # by the rows' length
-        self.statistics = Statistics()
         self._start_group(next_row=0, waiting=[])
 
     def __next__(self) -> HostBatch:
@@ -166,9 +119,7 @@ class DataStream(Iterator[HostBatch]):
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch: plain numbers, ready for JSON. Exact, inside a group of rows too."""
-        return {
-            "seed": self._seed,
-            "sizes": self._sizes,
+        return self._identity() | {
             "group": self._group,
             "emitted": self._emitted,
             "loss_sizes": {str(length): sorted(sizes) for length, sizes in self._loss_sizes.items()},
@@ -180,10 +131,7 @@ class DataStream(Iterator[HostBatch]):
 
         Raises UserError when the data or the seed are not the same.
         """
-        for key, mine in (("seed", self._seed), ("sizes", self._sizes)):
-            if state[key] != mine:
-                what = "seed" if key == "seed" else "number of rows in the sources"
-                raise UserError(f"data: the {what} was {state[key]} when the checkpoint was saved and is {mine} now")
+        self._refuse_others(state)
         group = state["group"]
         self._loss_sizes.clear()
         self._loss_sizes |= {int(length): set(sizes) for length, sizes in state["loss_sizes"].items()}
@@ -307,8 +255,8 @@ class DataStream(Iterator[HostBatch]):
             if not self.statistics.documents:
                 raise UserError(self._why_nothing())
             return None
-        if prepared.bad is not None and self._data.on_bad_row == "stop":
-            raise UserError(f"{prepared.bad}; mend the row, or set data.on_bad_row: skip")
+        if prepared.bad is not None:
+            self._refuse_bad(prepared.bad)
         seen = self.statistics
         seen.rows += 1
         seen.documents += len(prepared.documents)

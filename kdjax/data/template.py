@@ -1,4 +1,4 @@
-"""conversation → token ids and the mask of the assistant's tokens, exactly as the model's own chat template renders it.
+"""Conversation → token ids and the mask of the assistant's tokens, exactly as the model's own chat template renders it.
 
 The rendered text is tokenized once, as a whole, so token borders are those of ``tokenizer(text)``; nothing is glued on.
 Characters are then mapped to tokens by offsets: a token belongs to the stretch of text in which it begins.

@@ -1,4 +1,4 @@
-"""tokenizers as vocabularies: loading one, which ids are real, and whether two mean the same by each id."""
+"""Tokenizers as vocabularies: loading one, which ids are real, and whether two mean the same by each id."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ is what is trained on: token ids come out of the engine and are never rendered o
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from kdjax.config import Config
 from kdjax.config.identity import identity
 from kdjax.data import (
+    BatchSource,
     Document,
     EndlessPrompts,
     Fault,
@@ -51,7 +51,7 @@ class Asked:
     rows: tuple[int, ...]
 
 
-class RolloutStream(Iterator[HostBatch]):
+class RolloutStream(BatchSource):
     """An iterator of HostBatches of responses; with ``distill.on_policy_fraction`` < 1, of the data's own among them.
 
     A step takes prompts in order for as long as all their responses are sure to fit its rows. Which prompts, which of
@@ -67,18 +67,18 @@ class RolloutStream(Iterator[HostBatch]):
     ) -> None:
         self.waits = Waits()
         self._config, self._rollout, self._tokenizer = config, config.rollout, tokenizer
-        self._seed, self._seq_len = config.train.seed, config.data.max_len
+        self._seq_len = config.data.max_len
         self._shape = {"batch": batch, "accumulate": accumulate, "shards": shards}
         mixed = config.distill.on_policy_fraction < 1
-        self._prompts = EndlessPrompts(config.data, tokenizer, seed=self._seed, vocab_size=vocab_size, documents=mixed)
-        self.rows_per_epoch = sum(self._prompts.sizes)
+        seed = config.train.seed
+        self._prompts = EndlessPrompts(config.data, tokenizer, seed=seed, vocab_size=vocab_size, documents=mixed)
+        super().__init__(config.data, seed, self._prompts.sizes)
         self._reward = None if config.rollout.reward is None else find_reward(config.rollout.reward)
         self._extras = ("on_policy", "behaviour_logprobs") + (("advantage",) if self._reward else ())
         self._log = RolloutLog(Path(config.output) / "rollouts", identity(config))
         self._written: dict[int, tuple[list[Rollout], dict[Document, Rollout]]] = {}
         self._next = self._number = 0
         self._loss_sizes: set[int] = set()
-        self.statistics = Statistics()
         self.engines: StudentEngines | None = None
 
     def __next__(self) -> HostBatch:
@@ -129,23 +129,16 @@ class RolloutStream(Iterator[HostBatch]):
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch: plain numbers, ready for JSON."""
-        return copy.deepcopy(
-            {
-                "seed": self._seed,
-                "sizes": self._prompts.sizes,
-                "next_prompt": self._next,
-                "number": self._number,
-                "loss_sizes": sorted(self._loss_sizes),
-                "statistics": asdict(self.statistics),
-            }
-        )
+        return self._identity() | {
+            "next_prompt": self._next,
+            "number": self._number,
+            "loss_sizes": sorted(self._loss_sizes),
+            "statistics": asdict(self.statistics),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. Raises UserError when the data or the seed are not the same."""
-        for key, mine in (("seed", self._seed), ("sizes", self._prompts.sizes)):
-            if state[key] != mine:
-                what = "seed" if key == "seed" else "number of rows in the sources"
-                raise UserError(f"data: the {what} was {state[key]} when the checkpoint was saved and is {mine} now")
+        self._refuse_others(state)
         self._next, self._number = state["next_prompt"], state["number"]
         self._loss_sizes = set(state["loss_sizes"])
         self.statistics = Statistics(**state["statistics"])
@@ -212,8 +205,7 @@ class RolloutStream(Iterator[HostBatch]):
         """How long the prompt's documents may become; none for a prompt that is left out, which is counted."""
         seen = self.statistics
         if isinstance(prompt, Fault):
-            if self._config.data.on_bad_row == "stop":
-                raise UserError(f"{prompt.text}; mend the row, or set data.on_bad_row: skip")
+            self._refuse_bad(prompt.text)
             seen.skipped += 1
             return []
         if not self._sampled(prompt):

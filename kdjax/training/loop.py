@@ -6,7 +6,6 @@ the loop only asks more of a step whose batch the student wrote.
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,14 +17,12 @@ from flax import nnx
 from bridge.errors import EngineError
 from kdjax.algorithms import check_names, make_algorithm
 from kdjax.config import Config
-from kdjax.engines import computes_bfloat16, engine_device
 from kdjax.errors import UserError
 from kdjax.interrupt import Interrupt, Interrupted
 from kdjax.models import load_model
 from kdjax.progress import Display
 from kdjax.training.about import machine, note, now
 from kdjax.training.best import BEST, Best, read_best, write_best
-from kdjax.training.blame import blame
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.compiled import keep_compiled
 from kdjax.training.device_batch import DeviceBatch
@@ -35,6 +32,7 @@ from kdjax.training.metrics import Metrics, check_log
 from kdjax.training.optimizer import make_optimizer
 from kdjax.training.preflight import check_export, check_student, check_teacher
 from kdjax.training.profile import Profiler, doing
+from kdjax.training.refusals import Refusal, refuse_nonsense, refuse_silence, refuse_strangers, what_costs
 from kdjax.training.sources import Stream
 from kdjax.training.step import make_step
 from kdjax.training.student import export_student, make_student
@@ -42,17 +40,6 @@ from kdjax.training.templates import check_templates
 from kdjax.training.window import Window
 
 TEACHER = "teacher"  # the name of a self-teacher among what is saved
-MASKED = (
-    "warning: student.attention=cudnn with data.packing: the kernel takes no segments, so packed documents are kept "
-    "apart by a mask of data.max_len² entries a row; with data.packing=false (and train.tokens_per_batch, but for "
-    "rollouts) it needs none"
-)
-
-
-SLOW = (
-    "warning: teacher.dtype=bfloat16 on a CPU without instructions for it (AMX, AVX512-BF16) is many times slower than "
-    "float32: set teacher.dtype=auto"
-)
 
 
 @dataclass
@@ -92,11 +79,8 @@ class _Run:
         check_evaluations(self.config.train.eval_functions)
         check_log(self.config.log)
         keep_compiled(self.config.train.compilation_cache, self.display.line)
-        if self.config.student.attention == "cudnn" and self.config.data.packing:
-            self.display.line(MASKED)
-        slow = self.config.teacher.path and self.config.teacher.dtype == "bfloat16"
-        if slow and engine_device() == "cpu" and not computes_bfloat16():
-            self.display.line(SLOW)
+        for line in what_costs(self.config):
+            self.display.line(line)
         with Interrupt(self.display.line, self._leave_at_once) as self.interrupt:
             try:
                 with ExitStack() as self.opened:
@@ -217,10 +201,14 @@ class _Run:
             with doing("wait for the step"):
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
             self.profiler.done(number)
-            self._refuse_nonsense(number, values, batch)
-            self.run_folder.keep()
-            values = _without_absent(values, batch)
-            self._refuse_strangers(number, values)
+            try:
+                refuse_nonsense(values, self.step, batch)
+                self.run_folder.keep()
+                values = _without_absent(values, batch)
+                refuse_strangers(values, config.rollout)
+            except Refusal as refusal:
+                self.stream.close_refusing(number)
+                raise UserError(f"step {number}: {refusal.what}; {self.checkpoints.newest()}; {refusal.mend}") from None
             values |= batch.host.report
             for line in batch.host.notes:
                 display.line(line)
@@ -261,7 +249,7 @@ class _Run:
         if batch is None:
             return None
         if self.stream.students is not None and not self.begun:
-            self._refuse_silence(batch)
+            refuse_silence(self.step, batch, self.config.distill.algorithm)
         self.begun = True
         with self.profiler.step(self.step.number + 1):
             return batch, self.step(batch)
@@ -279,42 +267,6 @@ class _Run:
             self.stream.kill()
         self.display.line("leaving at once; the same command goes on from the newest checkpoint")
         self.display.console.show_cursor()
-
-    def _refuse_nonsense(self, number: int, values: dict[str, float], batch: DeviceBatch) -> None:
-        if values.pop("teacher_bad_rows", 0.0) == 0 and math.isfinite(values["loss"] + values["grad_norm"]):
-            return
-        what, places = blame(self.step, batch)
-        where = f"; it comes from {', '.join(places)}" if places else "; no document fails by itself"
-        mend = "look at the teacher" if "teacher" in what else "lower train.learning_rate, or look at those rows"
-        self.stream.close_refusing(number)
-        raise UserError(
-            f"step {number}: {what} not finite (loss {values['loss']}, gradient norm {values['grad_norm']}){where}; "
-            f"{self.checkpoints.newest()}; {mend}"
-        )
-
-    def _refuse_silence(self, batch: DeviceBatch) -> None:
-        """Refuse an algorithm that would not show when the engine that writes is not the student that learns."""
-        if "rollout/k3" not in self.step.reports(batch):
-            raise UserError(
-                f"distill.algorithm={self.config.distill.algorithm} does not report rollout/k3, so nobody would notice "
-                f"an engine with other weights: build its terms with kdjax.algorithms.rollout_terms"
-            )
-
-    def _refuse_strangers(self, number: int, values: dict[str, float]) -> None:
-        """Stop when the engine that writes is not the student that learns."""
-        rollout = self.config.rollout
-        if "rollout/k3" not in values:
-            return
-        if rollout.max_k3 is not None and not values["rollout/k3"] <= rollout.max_k3:
-            self.stream.close_refusing(number)
-            raise UserError(
-                f"step {number}: trainer and rollout engine disagree about the sampled tokens, k3 = "
-                f"{values['rollout/k3']:.3g} nats a token (rollout.max_k3={rollout.max_k3}). Either the engine's "
-                f"weights are not the student's (versions up to {rollout.max_staleness} steps old are allowed by "
-                f"rollout.max_staleness), or it computes in another dtype (rollout.dtype) or numerics; if staleness "
-                f"alone explains it, lower it or the learning rate, or raise rollout.max_k3; "
-                f"{self.checkpoints.newest()}; the same command goes on and has these responses written anew"
-            )
 
     def _evaluate(self, step: int) -> bool:
         """Held-out numbers of the weights as they are; True when patience has run out."""

@@ -24,6 +24,7 @@ from kdjax.algorithms.base import Teacher
 from kdjax.config import Config
 from kdjax.data import (
     Batch,
+    BatchSource,
     DataStream,
     Document,
     HostBatch,
@@ -70,6 +71,7 @@ class Stream:
         self.shards = data_shards(self.mesh)
         rows = _rows(config, self.shards)
         self._exit = ExitStack()
+        self.data: BatchSource
         self.engine: TeacherEngine | None = None
         self._worker: Ahead[tuple[HostBatch, Lease | None, dict[str, float]]] | None = None
         self._sender: Ahead[bool] | None = None
@@ -79,6 +81,7 @@ class Stream:
         """After so many batches of a run there are no more."""
         self._given = 0  # batches, those of an earlier life of the run included
         self._step: Step | None = None
+        self._rollouts: RolloutStream | None = None
         self.turns, self._waits = Turns(), Waits()
         self.self_teacher: SelfTeacher | None = None
         self.teachers: tuple[Teacher, ...] = ()
@@ -110,8 +113,8 @@ class Stream:
         if config.train.tokens_per_batch is not None:
             shape |= {"batch": None, "tokens_per_batch": config.train.tokens_per_batch}
         if config.distill.on_policy_fraction:
-            self.data = RolloutStream(config, self.tokenizer, **shape)
-            self._waits = self.data.waits
+            self.data = self._rollouts = RolloutStream(config, self.tokenizer, **shape)
+            self._waits = self._rollouts.waits
         else:
             self.data = DataStream(config.data, self.tokenizer, seed=config.train.seed, **shape)
         self._exit.callback(self.data.close)
@@ -143,7 +146,7 @@ class Stream:
     def take(self, give_up: Callable[[], Any]) -> DeviceBatch | None:
         """The next batch, or None as soon as ``give_up()`` is true while an engine is waited for."""
         if not self._begun:
-            if self._step is None and (isinstance(self.data, RolloutStream) or self.config.teacher.update_every):
+            if self._step is None and (self._rollouts is not None or self.config.teacher.update_every):
                 raise UserError("engines are to follow a student in training: call stream.attach(step) first")
             self._produced = self._given = 0 if self._step is None else self._step.number
             self._begun = True
@@ -178,13 +181,13 @@ class Stream:
                 self.turns.join("trainer", [Parked(step)], awake=[WEIGHTS])
             self.wait_ready()
             self.turns.join("teacher", [self.engine.remote])
-        if isinstance(self.data, RolloutStream):
+        if self._rollouts is not None:
             if engine_device() == "cuda":  # SGLang sizes its cache by what is free as it starts: one after the other
                 self.wait_ready()
             known = valid_ids(self.tokenizer, self._student_ids)
             known[self._shape["vocab_size"] :] = False  # the teacher could not read them
             end = self.tokenizer.eos_token_id
-            self.data.engines = StudentEngines(
+            self._rollouts.engines = StudentEngines(
                 config,
                 step,
                 Path(config.output),
@@ -212,7 +215,7 @@ class Stream:
     @property
     def students(self) -> StudentEngines | None:
         """The engines that run the student."""
-        return self.data.engines if isinstance(self.data, RolloutStream) else None
+        return None if self._rollouts is None else self._rollouts.engines
 
     def _work(self) -> None:
         """Begin, if it is not begun, to make batches and to send weights behind the trainer's back."""
@@ -255,7 +258,7 @@ class Stream:
         """See what the last step found of its responses, and where devices are shared wait until it is done."""
         if self.config.colocate:
             self.engine.wait_released()
-        if self._taken is not None and isinstance(self.data, RolloutStream):
+        if self._taken is not None:
             log_ratio = self._taken.by_row.get(LOG_RATIO)
             self.data.learned(self._taken.host, None if log_ratio is None else np.asarray(log_ratio))
         self._taken = None
@@ -345,8 +348,7 @@ class Stream:
         """Close; what was written for step ``number`` and later ones is not read back when the run goes on."""
         self.close()
         self._join()
-        if isinstance(self.data, RolloutStream):
-            self.data.set_aside(number)
+        self.data.set_aside(number)
 
     def kill(self) -> None:
         """End the engines and unlink the pool at once, whatever they are doing; the process is about to end."""
