@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, commit
-from kdjax.config import load_config, to_dict
+from kdjax.config import Config, load_config, to_dict
 from kdjax.errors import UserError
 
 COMMIT = "commit"  # of a run's folder: the file that says which one made it
+WEIGHTS = "weights"  # the same: a digest of the weights that it began with or learnt from
 UNREAD = ("output", "overwrite", "generate")
 
 
@@ -24,14 +25,17 @@ def trained(out: Path, config: Path, *overrides: str) -> list[dict[str, Any]]:
     same = is_run_of(out, config, asked)
     if not (same and (out / "result.json").exists()):
         fresh = [] if same else ["overwrite=true"]
+        read = weights(load_config(config, asked))
         command = [sys.executable, "-m", "kdjax.train", "--config", str(config), *asked, *fresh]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         (out / COMMIT).write_text(commit())
+        (out / WEIGHTS).write_text(read)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def is_run_of(out: Path, config: Path, asked: list[str]) -> bool:
-    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now.
+    """Whether what stands in a run's folder, finished or not, was made by the configuration that is asked for now, and
+    by a finished one of the same weights: a folder's name stays when another teacher is put there.
 
     A key that is younger than the run counts with its default; of what a run without rollouts never reads, none does.
     """
@@ -39,8 +43,19 @@ def is_run_of(out: Path, config: Path, asked: list[str]) -> bool:
         saved, now = load_config(out / "config.yaml"), load_config(config, asked)
     except UserError:  # nothing there, or a configuration of another version
         return False
+    noted = out / WEIGHTS
+    if noted.exists() and noted.read_text() != weights(now):
+        return False
     unread = UNREAD if now.distill.on_policy_fraction else (*UNREAD, "rollout")
     return all(getattr(saved, name) == getattr(now, name) for name in to_dict(now) if name not in unread)
+
+
+def weights(config: Config) -> str:
+    """A digest of the weights in local folders that a run begins with or learns from."""
+    began = [] if config.student.init == "random" else [config.student.path]
+    folders = [ROOT / path for path in (*began, config.teacher.path) if path is not None]
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8] if files else "none"
 
 
 def digest(config: Path, *overrides: str) -> str:

@@ -85,6 +85,26 @@ def test_a_run_is_used_again_only_for_the_configuration_that_made_it(tmp_path, m
     assert runs.made_at(tmp_path.iterdir()) == "unknown"
 
 
+def test_a_run_is_made_anew_when_another_teacher_has_the_same_name(tmp_path, monkeypatch):
+    (teacher := tmp_path / "teacher").mkdir()
+    settings = [f"teacher.path={teacher}", f"output={tmp_path / 'run'}"]
+    made = []
+
+    def train(command, **_):
+        made.append((teacher / "model.safetensors").read_bytes())
+        with RunFolder(load_config(quickstart.CONFIG, [*settings, "overwrite=true"])) as folder:
+            folder.keep()
+            (folder.path / "metrics.jsonl").write_text("")
+            folder.finish({})
+
+    monkeypatch.setattr(runs.subprocess, "run", train)
+    monkeypatch.setattr(runs, "commit", lambda: "abc")
+    for weights in (b"one", b"one", b"two", b"two"):
+        (teacher / "model.safetensors").write_bytes(weights)
+        runs.trained(tmp_path / "run", quickstart.CONFIG, settings[0])
+    assert made == [b"one", b"two"]
+
+
 def test_programs_take_turns_and_a_round_lasts_as_long_as_asked():
     order = []
     found = timing.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, seconds=1e-4)
