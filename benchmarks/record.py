@@ -81,8 +81,11 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit, with a mark where the working tree differs from it; outside a checkout what KDJAX_COMMIT says."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match=nothing"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or os.environ.get("KDJAX_COMMIT", "unknown")
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git there
+        found = ""
+    return found or os.environ.get("KDJAX_COMMIT", "unknown")
 
 
 def _cpu_name() -> str:

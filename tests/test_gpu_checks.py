@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import quickstart
+from benchmarks import quickstart, record
 from benchmarks.gpu import __main__ as gpu, loss, pool, runs, sharing, step, sync
 from benchmarks.gpu.shapes import shape
 from kdjax.config import load_config
+from kdjax.data import load_tokenizer, valid_ids
 from kdjax.models.attention import causal_attention
 
 
@@ -63,7 +65,8 @@ def test_an_engine_that_kept_its_weights(monkeypatch, after, fails):
         def logits(self, hidden):
             return jnp.zeros((len(hidden), 4096))
 
-    monkeypatch.setattr(sync, "EngineTensors", lambda *_, **__: Tensors([("weight", np.ones(4, np.float32))]))
+    monkeypatch.setattr(sync, "EngineTensors", lambda *_, **__: Tensors())
+    monkeypatch.setattr(sync, "hf_tensors", lambda *_: [("weight", np.ones(4, np.float32))])
     with pytest.raises(RuntimeError, match="does not run the weights that were sent") if fails else nullcontext():
         found = sync.sent(Student(), Engine(-8.0, after), "float32", "cpu")
         assert found["gap_after"] < 1e-5 < 0.3 < found["gap_before"]
@@ -143,7 +146,7 @@ def test_a_case_that_is_stopped_leaves_what_it_had_written(monkeypatch, tmp_path
 
 def test_every_case_has_a_time_limit():
     limits = {(section, case): seconds for section, case, seconds in gpu.JOBS}
-    assert {case for section, case in limits if section == "runs"} == set(runs.CASES)
+    assert {case for section, case in limits if section == "runs"} == {"teacher", *runs.CASES}
     assert {case for section, case in limits if section == "loss"} == set(loss.CHUNKS)
     assert len(limits) == len(gpu.JOBS)
 
@@ -171,14 +174,45 @@ def test_what_a_case_on_a_gpu_finds_in_its_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_installed", lambda package: False)
     for name in gpu.JAX_SHARE:  # a run in this very process may have set it
         monkeypatch.delenv(name, raising=False)
-    found = {section: gpu._environment(section, tmp_path) for section in gpu.SECTIONS}
-    alone = {section for section, values in found.items() if "XLA_PYTHON_CLIENT_MEM_FRACTION" in values}
-    assert alone == {"loss", "step"}
+    found = {(section, case): gpu._environment(section, case, tmp_path) for section, case, _ in gpu.JOBS}
+    alone = {job for job, values in found.items() if "XLA_PYTHON_CLIENT_MEM_FRACTION" in values}
+    grows = {job for job, values in found.items() if values.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false"}
+    assert alone == {job for job in found if job[0] in ("loss", "step")} - {("loss", "liger")}
+    assert found.keys() - alone - grows == {job for job in found if job[0] == "runs"} and not alone & grows
     assert {values["SGLANG_IS_FLASHINFER_AVAILABLE"] for values in found.values()} == {"false"}
     monkeypatch.setattr(gpu, "_installed", lambda package: True)
-    assert "SGLANG_IS_FLASHINFER_AVAILABLE" not in gpu._environment("runs", tmp_path)
+    assert "SGLANG_IS_FLASHINFER_AVAILABLE" not in gpu._environment("runs", "on-policy", tmp_path)
     monkeypatch.setenv(gpu.JAX_SHARE[1], "0.5")
-    assert gpu.JAX_SHARE[0] not in gpu._environment("loss", tmp_path)
+    assert gpu.JAX_SHARE[0] not in gpu._environment("loss", "kl", tmp_path)
+
+
+def test_a_step_that_the_gpu_cannot_hold_is_left_out(monkeypatch):
+    jobs = [(section, case) for section, case, _ in gpu.JOBS if section == "step"]
+    for memory, left_out in (("81559 MiB", {"4B"}), ("143771 MiB", set())):
+        monkeypatch.setattr(gpu, "gpus", lambda memory=memory: [f"NVIDIA, 580.1, {memory}, 1980 MHz, 2619 MHz"])
+        assert {case.partition(",")[0] for section, case in jobs if gpu._lacking(section, case)} == left_out
+
+
+def test_a_case_without_time_is_left_out_and_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr("sys.argv", ["gpu", "--toy", "--seconds", "20", "--out", str(tmp_path / "toy.json")])
+    assert gpu.main() == 0
+    assert json.loads((tmp_path / "toy.json").read_text())["pool"] == {"left_out": "no time"}
+
+
+def test_the_benchmarks_teacher_has_an_id_for_every_row_of_its_head(root, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(root / "examples" / "tokenizer", folder)
+    before = load_tokenizer(folder).encode("Four loaves at $3 each.<|im_end|>")
+    runs.fill_vocabulary(folder / "tokenizer.json", 5000)
+    filled = load_tokenizer(folder)
+    assert valid_ids(filled, 5000).all() and filled.encode("Four loaves at $3 each.<|im_end|>") == before
+
+
+def test_a_machine_without_git_names_the_commit_itself(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("KDJAX_COMMIT", "abc")
+    assert record.commit() == "abc"
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -36,30 +36,34 @@ from benchmarks import table
 from benchmarks.record import ROOT, gpus, record
 from kdjax.engines import JAX_SHARE
 
-# Section, case and the seconds after which it is stopped, goals first.
+# Section, case and the seconds after which it is stopped: first what the others rest on, then goals. A limit is there
+# for a case that hangs; what all may take together is SECONDS.
 JOBS: tuple[tuple[str, str | None, int], ...] = (
-    ("loss", "kl", 70),
-    ("step", "1.7B, 4 rows, remat dots", 75),
-    ("step", "4B, 2 rows, remat dots", 75),
-    ("pool", None, 75),
-    ("runs", "off-policy, overlapped", 200),  # and the teacher, and SGLang's kernels, are made for it
-    ("runs", "on-policy", 150),
-    ("runs", "off-policy, in turns", 90),
-    ("loss", "jsd", 50),
-    ("loss", "liger", 50),
-    ("step", "attention", 45),
-    ("sync", None, 75),
-    ("runs", "colocated", 120),
-    ("step", "1.7B, 4 rows, remat none", 75),
-    ("step", "4B, 1 rows, remat none", 75),
-    ("sharing", "parameters", 45),
-    ("sharing", "engine", 75),
-    ("sharing", "allocators", 45),
-    ("step", "0.6B, 8 rows, remat dots", 60),
-    ("step", "0.6B, 8 rows, remat none", 60),
+    ("pool", None, 90),
+    ("step", "attention", 90),
+    ("loss", "kl", 150),
+    ("step", "1.7B, 4 rows, remat dots", 120),
+    ("runs", "teacher", 120),
+    ("runs", "off-policy, overlapped", 330),  # SGLang's kernels are compiled in it
+    ("runs", "on-policy", 200),
+    ("step", "4B, 2 rows, remat dots", 120),
+    ("runs", "off-policy, in turns", 150),
+    ("loss", "jsd", 100),
+    ("loss", "liger", 100),
+    ("sync", None, 120),
+    ("runs", "colocated", 180),
+    ("step", "1.7B, 4 rows, remat none", 100),
+    ("step", "4B, 1 rows, remat none", 100),
+    ("sharing", "parameters", 60),
+    ("sharing", "engine", 100),
+    ("sharing", "allocators", 60),
+    ("step", "0.6B, 8 rows, remat dots", 80),
+    ("step", "0.6B, 8 rows, remat none", 80),
 )
 SECTIONS = tuple(dict.fromkeys(section for section, *_ in JOBS))
 SECONDS = 585  # of all together
+WORTHWHILE = 30  # fewer seconds than these tell nothing of any case
+NEEDS_GB = {"4B": 120}  # of the GPU, by the model of a step: 16 bytes a weight, gradients included, and what is saved
 NEEDS = {  # what a case cannot do without, and the machine may lack
     ("loss", "liger"): ("liger_kernel", "liger-kernel is not installed"),
     ("runs", "colocated"): ("torch_memory_saver", "torch_memory_saver, by which SGLang sleeps, is not installed"),
@@ -72,7 +76,7 @@ def run(section: str, case: str | None, seconds: float, toy: bool, folder: Path)
     part = folder / "part.json"
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--job", section, case or "", "--folder", str(folder)]
-    environment = _environment(section, folder) | os.environ
+    environment = _environment(section, case, folder) | os.environ
     start, began = time.perf_counter(), time.time()
     with (folder / "said").open("w+") as said:
         process = subprocess.Popen(
@@ -124,14 +128,16 @@ def main() -> int:
     end, failed = time.monotonic() + given.seconds, False
     with tempfile.TemporaryDirectory() as folder:
         for section, case, seconds in JOBS:
-            if section not in given.sections or (given.toy and "remat" in (case or "") and section in measured):
+            again = "remat" in (case or "") and any("remat" in known for known in measured.get(section, {}))
+            if section not in given.sections or (given.toy and again):
                 continue
             left = min(seconds, end - time.monotonic())
-            module, lacking = NEEDS.get((section, case), ("", ""))
-            if module and not given.toy and importlib.util.find_spec(module) is None:
+            if lacking := None if given.toy else _lacking(section, case):
                 found = {"left_out": lacking}
+            elif left < WORTHWHILE:
+                found = {"left_out": "no time"}
             else:
-                found = run(section, case, left, given.toy, Path(folder)) if left > 0 else {"left_out": "no time"}
+                found = run(section, case, left, given.toy, Path(folder))
             failed |= "failed" in found
             measured |= {section: found} if case is None else {section: measured.get(section, {}) | {case: found}}
             record(out, measured)
@@ -141,17 +147,32 @@ def main() -> int:
     return int(failed)
 
 
-def _environment(section: str, folder: Path) -> dict[str, str]:
+def _lacking(section: str, case: str | None) -> str | None:
+    """What the machine lacks for the case."""
+    module, lacking = NEEDS.get((section, case), ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        return lacking
+    needed = NEEDS_GB.get((case or "").partition(",")[0], 0) if section == "step" else 0
+    memory = min((int(told.split(",")[2].split()[0]) * 2**20 / 1e9 for told in gpus()), default=0)
+    return f"it needs {needed} GB of GPU memory, and here are {memory:.0f}" if memory < needed else None
+
+
+def _environment(section: str, case: str | None, folder: Path) -> dict[str, str]:
     """What a case's process finds, unless the caller's environment says otherwise."""
     found = {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # runs of one shape compile once
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_HUB_OFFLINE": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    if section in ("loss", "step") and not any(os.environ.get(name) for name in JAX_SHARE):  # alone on the GPU
-        found[JAX_SHARE[0]] = "0.95"
+    # A step or a loss is alone on the GPU and has it from the start, in one piece; a run sets its own share aside
+    # before its engines do; anything else has torch beside it and takes what it needs.
+    if section in ("loss", "step") and case != "liger":
+        if not any(os.environ.get(name) for name in JAX_SHARE):
+            found[JAX_SHARE[0]] = "0.95"
+    elif section != "runs":
+        found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if not _installed("flashinfer-python"):  # SGLang takes anything that can be imported by its name for it
         found["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
     return found

@@ -1,5 +1,6 @@
 """Whole runs with SGLang on the same GPU, at Qwen3's shapes with random weights, and what their metrics say.
 
+teacher      its folder is written, for all that follow
 off-policy   the teacher beside the student, overlapped or in turns with it: prefill, transfer, step
 on-policy    the student writes, learns, and its weights go to its engine
 colocated    teacher and trainer hold the GPU in turn: the engine sleeps while the student trains, and AdamW's moments
@@ -35,6 +36,8 @@ NAMES = ("step", "teacher", "waiting", "transfer", "student", "sync", "generate"
 
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
     teacher = teacher_folder(folder, toy)
+    if case == "teacher":
+        return {"bytes": sum(file.stat().st_size for file in teacher.glob("*.safetensors"))}
     out = folder / case.replace(", ", "-").replace(" ", "-")
     values, shapes, skip = CASES[case](teacher, toy)
     found = run(out, values, skip) | {"shapes": shapes | {"teacher": TEACHER, "student": STUDENT}}
@@ -113,8 +116,20 @@ def teacher_folder(folder: Path, toy: bool) -> Path:
 
 
 def write_teacher(out: str, toy: bool) -> None:
-    model = load_model(None, config=shape(TEACHER, toy), init="random", param_dtype="bfloat16", seed=1)
+    config = shape(TEACHER, toy)
+    model = load_model(None, config=config, init="random", param_dtype="bfloat16", seed=1)
     export_hf(model, out, tokenizer=ROOT / "examples" / "tokenizer")
+    fill_vocabulary(Path(out) / "tokenizer.json", config["vocab_size"])
+
+
+def fill_vocabulary(tokenizer: Path, size: int) -> None:
+    """Give the tokenizer as many ids as the head has: what lacks one is forbidden to the engine, id by id, and
+    SGLang 0.5.17 writes each into the GPU's memory by itself, for every prompt."""
+    described = json.loads(tokenizer.read_text())
+    known = described["model"]["vocab"]
+    taken = {*known.values(), *(token["id"] for token in described["added_tokens"])}
+    known |= {f"<unused {number}>": number for number in range(size) if number not in taken}
+    tokenizer.write_text(json.dumps(described))
 
 
 def common(teacher: Path, toy: bool, steps: int, every: int) -> dict[str, Any]:

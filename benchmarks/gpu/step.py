@@ -129,13 +129,13 @@ def make(size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[st
 
 def full_batch(rows: int, length: int, teacher_width: int) -> Batch:
     """A document a row, without padding or segments; every token carries loss."""
-    count = rows * length
+    count, drawn = rows * length, np.random.default_rng(0)
     return Batch(
-        tokens=np.random.default_rng(0).integers(1, 4000, (1, rows, length)).astype(np.int32),
+        tokens=drawn.integers(1, 4000, (1, rows, length)).astype(np.int32),
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), (1, rows, length)),
         segment_ids=None,
         rows=np.arange(count, dtype=np.int32)[None, None],
         labels=np.ones((1, count), np.int32),
         mask=np.ones((1, count), bool),
-        teacher_hidden=(np.full((1, count, teacher_width), 0.1, jnp.bfloat16),),
+        teacher_hidden=(drawn.standard_normal((1, count, teacher_width), np.float32).astype(jnp.bfloat16),),
     )

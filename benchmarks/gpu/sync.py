@@ -18,6 +18,7 @@ from benchmarks.record import ROOT, spread
 from benchmarks.timing import ROUNDS
 from bridge.client import RemoteEngine, start_engine
 from kdjax.models import Decoder, export_hf, load_model
+from kdjax.models.weights import hf_tensors
 from kdjax.rollouts.weights import EngineTensors
 
 AGREE = 0.05  # mean difference of log-probabilities, in nats: two implementations, in bfloat16
@@ -42,7 +43,7 @@ def sent(student: Decoder, engine: RemoteEngine, dtype: str, device: str) -> dic
     ids = np.random.default_rng(0).integers(1, 4000, 200).astype(np.int32)
     logs = jax.nn.log_softmax(student.logits(student(jnp.asarray(ids)[None])[0, :-1]))
     expected = np.asarray(jnp.take_along_axis(logs, ids[1:, None], axis=1)[:, 0], np.float32)
-    size = sum(x.nbytes for _, x in EngineTensors(student, dtype))
+    size = sum(x.nbytes for _, x in hf_tensors(student, dtype))
     before = np.abs(engine.score([ids])[0] - expected).mean()
     seconds = []
     for version in range(ROUNDS + 1):

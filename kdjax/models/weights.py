@@ -20,6 +20,7 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -155,8 +156,14 @@ def hf_tensors(model: nnx.Module, dtype: Any = None) -> Iterator[tuple[str, jax.
     for row in weight_table(config):
         value = values[row.path][...]
         for layer, name in enumerate(row.names(config)):
-            part = value[layer] if row.stacked else value
+            part = _layer(value, np.int32(layer)) if row.stacked else value
             yield name, part.reshape(row.tensor_shape(config)).astype(dtype or value.dtype)
+
+
+@jax.jit
+def _layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+    """``stacked[layer]``; a plain index is part of the program on one device, which is then compiled for each layer."""
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 def check_names(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:

@@ -7,6 +7,7 @@ says; after export, transformers' log-probabilities are compared with the studen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 4, 128
 # Nats: the mean and the largest difference. What is computed or stored in bfloat16 keeps 8 bits of each number, so two
 # programs that round at other places are this far apart.
 LIMITS = {"float32": (1e-3, 1e-3), "bfloat16": (0.03, 0.3)}
+# A GPU's usual products of float32 are TF32's, of 10 bits, which alone would be beyond the limits.
+exactly = partial(jax.default_matmul_precision, "highest")
 EXPORT_LIMITS = {"float32": (1e-4, 1e-4), "bfloat16": LIMITS["bfloat16"]}
 
 
@@ -55,7 +58,7 @@ def check_teacher(stream: Any) -> float:
     hidden = jax.device_put(hidden, NamedSharding(stream.mesh, P()))
     head = stream.teachers[0].head
     labels = np.concatenate([ids[1:] for ids in documents])
-    with jax.set_mesh(stream.mesh):
+    with jax.set_mesh(stream.mesh), exactly():
         ours = np.asarray(_log_probabilities(hidden, head, labels))
     gap = np.abs(ours - np.concatenate(theirs))
     if beyond := _beyond(gap, LIMITS[hidden.dtype.name]):
@@ -85,8 +88,7 @@ def check_export(stream: Any, model: nnx.Module, folder: Path) -> Checked:
     and 0.3 at most.
     """
     documents = _sample(stream)
-    with jax.default_matmul_precision("highest"):  # as transformers on a CPU; a GPU's default is less
-        ours = _scores(stream, model, documents)
+    ours = _scores(stream, model, documents)
     log = folder.parent / "export.log"
     # On the CPU: the devices' memory is JAX's and the engines'.
     with start_engine(folder, kind="transformers", dtype="float32", device="cpu", log=log) as engine:
@@ -139,7 +141,7 @@ def _scores(stream: Any, model: nnx.Module, documents: list[np.ndarray]) -> np.n
     tokens = np.zeros((len(documents), max(len(ids) for ids in documents)), np.int32)
     for row, ids in zip(tokens, documents, strict=True):
         row[: len(ids)] = ids
-    with jax.set_mesh(stream.mesh):
+    with jax.set_mesh(stream.mesh), exactly():
         hidden = jax.jit(lambda m, t: m(t))(model, tokens)
         flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         found = np.asarray(_log_probabilities(flat, model.head(), tokens[:, 1:].reshape(-1))).reshape(len(tokens), -1)

@@ -199,6 +199,9 @@ def _update(
 ) -> Any:
     """The new state, the metrics of one global batch, a verdict, and what its terms say of each row, [A, N].
 
+    The state comes first, and all of it: CUDA results were seen to be wrong where donated buffers came behind others
+    (github.com/jax-ml/jax/issues/39625).
+
     The verdict is 0.0, or NaN where the batch changed nothing. Optimizer state on the host comes to where ``moments``
     says, to be updated.
     """
