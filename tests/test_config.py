@@ -111,6 +111,17 @@ def test_a_broken_file_is_named(tmp_path, content, words):
         assert word in str(error.value)
 
 
+def test_cudnn_wants_bfloat16_and_even_lengths():
+    asked = ["student.attention=cudnn", "student.dtype=bfloat16", "data.max_len=512"]
+    assert load_config(None, [*ARGS, *asked]).student.attention == "cudnn"
+    for fault, words in (
+        ("data.max_len=511", "even data.max_len, not 511"),
+        ("student.dtype=float32", "dtype=bfloat16"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config(None, [*ARGS, *asked, fault])
+
+
 def test_a_group_of_which_all_is_commented_out_has_its_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("student: {path: s}\ndata: {train: [{path: rows.jsonl}]}\nteacher:\n  # path: t\nlog:\n")

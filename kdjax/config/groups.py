@@ -376,6 +376,8 @@ class Config:
             raise ValueError(f"train.{asked[0]} needs held-out data: set data.eval")
         if self.log.samples and not (self.data.eval and self.checkpoint.check_export):
             raise ValueError("log.samples asks the exported student: set data.eval and checkpoint.check_export")
+        if self.student.attention == "cudnn" and self.data.max_len % 2:  # its gradient is for even lengths alone
+            raise ValueError(f"student.attention=cudnn needs an even data.max_len, not {self.data.max_len}")
         if "parameters" in self.train.offload and not self.colocate:
             raise ValueError(
                 "train.offload=[parameters] puts them away while engines hold the devices: set colocate=true, or "
