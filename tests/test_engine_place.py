@@ -81,8 +81,8 @@ def test_a_cpu_that_is_slow_at_bfloat16_is_known(tmp_path, flags, fast):
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_run_whose_teacher_would_be_slow_in_bfloat16_says_so(monkeypatch, fast):
     values = {"student": {"path": "s"}, "teacher": {"path": "nowhere", "dtype": "bfloat16"}, "data": DATA}
-    monkeypatch.setattr("kdjax.training.loop.engine_device", lambda: "cpu")
-    monkeypatch.setattr("kdjax.training.loop.computes_bfloat16", lambda: fast)
+    monkeypatch.setattr("kdjax.training.refusals.engine_device", lambda: "cpu")
+    monkeypatch.setattr("kdjax.training.refusals.computes_bfloat16", lambda: fast)
     shown = Watcher()
     with pytest.raises(UserError):  # there is no such model
         train(from_dict(values), shown)
