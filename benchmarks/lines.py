@@ -216,7 +216,8 @@ def _rates(r: Result, *ways: tuple[str, ...]) -> Found:
 
 def _given_back(r: Result, *names: str) -> Found:
     each = {name: r["sharing"]["allocators"][name] for name in names}
-    return Found(", ".join(f"{name} {x['given_back'] / x['taken']:.0%}" for name, x in each.items()))
+    shares = {name: f"{x['given_back'] / x['taken']:.0%}" if x["taken"] else "took nothing" for name, x in each.items()}
+    return Found(", ".join(f"{name} {share}" for name, share in shares.items()))
 
 
 def _slept(r: Result) -> Found:

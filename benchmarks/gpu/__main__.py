@@ -152,7 +152,9 @@ def _lacking(section: str, case: str | None) -> str | None:
     module, lacking = NEEDS.get((section, case), ("", ""))
     if module and importlib.util.find_spec(module) is None:
         return lacking
-    needed = NEEDS_GB.get((case or "").partition(",")[0], 0) if section == "step" else 0
+    needed = NEEDS_GB.get((case or "").partition(",")[0]) if section == "step" else None
+    if needed is None:
+        return None
     memory = min((int(told.split(",")[2].split()[0]) * 2**20 / 1e9 for told in gpus()), default=0)
     return f"it needs {needed} GB of GPU memory, and here are {memory:.0f}" if memory < needed else None
 
