@@ -70,6 +70,8 @@ def sweep() -> list[str]:
     """remove segments whose owner is gone; returns their paths"""
     swept = []
     for path in SHARED.glob(f"{PREFIX}*"):
+        if path.is_dir():  # where TMPDIR is shared memory, an engine's folder
+            continue
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, PermissionError):  # gone meanwhile, or another user's

@@ -107,6 +107,32 @@ def test_middle_vocabulary(name):
     check_divergence(Case(6, 5_000), name, 1.0, valid=False)
 
 
+@pytest.mark.parametrize(("name", "layout", "rows"), [("kl", "dv", 22), ("jsd", "vd", 9), ("user", "vd", 3)])
+def test_groups_of_chunks_as_on_a_gpu(name, layout, rows, monkeypatch):
+    """Two chunks of 5 rows go into one product: ragged groups, one group of two chunks, and one of one."""
+    monkeypatch.setattr(chunks, "_on_cpu", lambda: False)
+    monkeypatch.setattr(chunks, "_group_chunks", lambda chunk, hidden: 2)
+    check_divergence(Case(rows, 59, 71, layout=layout), name, 1.3, chunk_rows=5, soft_cap=6.0)
+
+
+def test_a_bfloat16_head_has_its_gradient_rounded_once(monkeypatch):
+    """Where one product makes it, it is made in bfloat16; its sums are float32's all the same."""
+    monkeypatch.setattr(chunks, "_on_cpu", lambda: False)
+    case = Case(300, 53)
+    arrays = case.student_hidden, case.weight, case.teacher_hidden, case.teacher_weight
+    half = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays)
+    rounded = tuple(x.astype(jnp.float32) for x in half)
+
+    def loss(*arrays):
+        return linear_divergence(*arrays, mask=case.mask)[0]
+
+    hidden, weight = jax.jit(jax.grad(loss, (0, 1)))(*half)
+    exact, wanted = jax.jit(jax.grad(loss, (0, 1)))(*rounded)
+    assert hidden.dtype == weight.dtype == jnp.bfloat16
+    # Slopes are rounded before the products and gradients after them: 2^-9 each at most.
+    assert reference.relative(weight, wanted) < 2**-8 and reference.relative(hidden, exact) < 2**-8
+
+
 @pytest.mark.parametrize("name", reference.DIVERGENCES)
 def test_padded_vocabularies_of_unequal_size(name):
     """151,936 against 152,064 columns, as two sizes of one model family have them."""

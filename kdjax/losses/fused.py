@@ -43,7 +43,7 @@ def _totals_and_sums(plan: Plan, sides: tuple[Side, ...], fixed: Fixed) -> tuple
 
 def _forward(plan: Plan, sides, fixed):
     # Only what is being differentiated costs a product: not a frozen head, and as a rule nothing of the teacher's.
-    asked = jax.tree.map(lambda x: x.perturbed or None, sides)
+    asked = jax.tree.map(lambda x: x.value.dtype if x.perturbed else None, sides)
     sides, fixed = (jax.tree.map(lambda x: x.value, tree) for tree in (sides, fixed))
     found, gradients = _run(plan, sides, fixed, asked)
     likes = jax.tree.map(lambda x: jnp.empty(0, x.dtype), sides)
@@ -102,7 +102,8 @@ def _run_sharded(plan: Plan, batch: tuple[str, ...], tensor: tuple[str, ...], si
     )
 
     def shard(sides, fixed):
-        (sums, values), gradients = sums_and_gradients(plan, Vocab(*tensor), sides, fixed, asked)
+        in_float32 = jax.tree.map(lambda _: jnp.dtype(jnp.float32), asked)  # they are added up over devices
+        (sums, values), gradients = sums_and_gradients(plan, Vocab(*tensor), sides, fixed, in_float32)
         reduced = tuple(
             tuple(_added_up(*each, batch, tensor) for each in zip(one, plan.heads, scattered, strict=True))
             for one in gradients

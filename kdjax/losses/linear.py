@@ -59,8 +59,8 @@ def linear_divergence(
             They may be arrays, of a schedule for instance, and get no gradient.
         mask: rows that carry loss. The others may hold anything.
         mesh: how to split rows and vocabulary; by default the ambient one.
-        chunk_rows: rows whose logits exist at a time on one device; by default 832 on a CPU and 1,024 elsewhere, or
-            more where V is small.
+        chunk_rows: rows whose logits exist at a time on one device; by default 832 on a CPU and 512 elsewhere, or more
+            where V is small.
 
     Returns float32 scalars. Raises UserError for shapes that do not fit and for what ``divergence`` refuses.
     """
