@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from kdjax.errors import UserError
 from kdjax.models import hf_tensors, load_model
 from kdjax.models.attention import causal_attention
+from kdjax.models.decoder import REMAT
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -215,3 +216,24 @@ def test_unknown_choices_are_refused(pair):
     ):
         with pytest.raises(UserError, match=message):
             load_model(folder, **arguments)
+
+
+def test_dots_keep_what_cudnn_attention_comes_to(monkeypatch):
+    """Traced as on a GPU: the backward pass has the attention's own kernel, and not its forward one once more."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *args: True)
+    q, weight = jnp.zeros((1, 128, 4, 64), jnp.bfloat16), jnp.ones(64, jnp.bfloat16)
+
+    def kernels(remat):
+        def layer(x, _):
+            return causal_attention(x, x, x, implementation="cudnn") * weight, None
+
+        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+        grad = jax.grad(lambda x: jax.lax.scan(layer, x, None, length=2)[0].astype(jnp.float32).sum())
+        traced = str(jax.make_jaxpr(grad)(q))
+        return tuple(traced.count(f"dot_product_attention_{way}_wrapper[") for way in ("fwd", "bwd"))
+
+    assert kernels("dots") == (1, 1)
+    assert kernels("full") == (2, 1)

@@ -26,9 +26,18 @@ from kdjax.models.rope import angles, rotate, segment_positions
 from kdjax.sharding import Rules, constrain
 
 LAYER_INPUT, HOST_MEMORY = "layer_input", "pinned_host"
+
+
+def _products(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Matrix products with weights, and cuDNN's attention: a row costs more than the bytes it comes to."""
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
+
+
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _products,
     "full": jax.checkpoint_policies.nothing_saveable,
     # What `full` keeps are the inputs of the layers, a few kB a token, which reach the host and are back sooner than a
     # layer computes. Products are a dozen times as large: faster computed again than fetched over PCIe.
