@@ -57,14 +57,14 @@ def test_teacher_rows_stop_the_run_with_document_and_checkpoint(values):
     consult, poisoned = Stream._consult, []
 
     def poison(self, host):
-        lease, seconds = consult(self, host)
+        ((lease, seconds),) = consult(self, host)
         if self.data.statistics.batches == 4:
             placed = host.documents[2]
             row = lease.starts[placed.shard] + placed.micro * host.batch.rows.shape[-1] + placed.offset
             pool = self.engine.pool
             np.frombuffer(pool._memory, np.float32, pool.spec.width, row * pool.spec.row_bytes)[0] = np.nan
             poisoned.append(placed.document.source)
-        return lease, seconds
+        return [(lease, seconds)]
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(Stream, "_consult", poison)

@@ -85,6 +85,26 @@ def test_the_teacher_is_ahead_of_the_student_by_what_is_asked(run_values, local_
         batch.release_after(jnp.zeros(()))
 
 
+def test_batches_of_one_call_are_those_of_calls_of_their_own(run_values, local_engines, tmp_path):
+    """Three at a time, of five: the same rows, a call for three and one for the rest, and then the data ends."""
+
+    def rows(**teacher):
+        config = from_dict(run_values | {"teacher": run_values["teacher"] | {"lookahead": 3} | teacher})
+        found = []
+        with Stream(config, log=tmp_path / "engine.log") as stream:
+            stream.steps = 5
+            for batch in stream:
+                (hidden,) = batch.arrays.teacher_hidden
+                found.append((batch.host.state, np.array(hidden)[batch.host.batch.mask]))
+                batch.release_after(jnp.zeros(()))
+        return found, local_engines[-1].calls.count("prefill")
+
+    (alone, calls), (together, fewer) = rows(), rows(batches_per_call=3)
+    assert (len(alone), calls, len(together), fewer) == (5, 5, 5, 2)
+    for (state, hidden), (other_state, other) in zip(alone, together, strict=True):
+        assert state == other_state and np.array_equal(hidden, other)
+
+
 def test_a_batch_that_waits_for_a_step_nobody_makes_is_refused(on_policy_values, local_engines, tmp_path):
     on_policy_values["rollout"] |= {"max_staleness": 1}
     config = from_dict(on_policy_values)
@@ -124,7 +144,7 @@ def test_a_slot_is_leased_again_only_when_the_step_that_read_it_is_done():
         steps, starts = [Number(waited) for _ in range(5)], []
 
         def batch(number):
-            lease, _ = engine.consult(nothing)
+            (lease,), _ = engine.consult(nothing)
             starts.append(lease.starts[0])
             engine.release_after(steps[number], lease)
             return list(waited)

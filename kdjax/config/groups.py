@@ -77,10 +77,13 @@ class TeacherConfig:
     """CPU threads of the engine; none leaves the choice to torch."""
     lookahead: int = Field(1, ge=0)
     """How many batches the teacher may be ahead of the student; 0 takes turns. Not read with rollouts or `colocate`."""
+    batches_per_call: int = Field(1, ge=1)
+    """Batches that the teacher is asked for at once: several where one is too small to keep it busy. Not read where
+    `lookahead` is not, nor by a teacher that follows the student."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds until the engine must be ready."""
     timeout: float = Field(300.0, gt=0)
-    """Seconds that one batch may take in the engine."""
+    """Seconds that one call may take in the engine."""
     restarts: int = Field(3, ge=0)
     """How often an engine that died or hung is started again for one batch, before the run ends."""
     trust_remote_code: bool = False

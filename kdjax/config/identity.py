@@ -17,8 +17,8 @@ FREE = {"output", "overwrite", "colocate", "log", "checkpoint", "mesh", "generat
         "student": "remat attention",
         "train": "accumulate eval_every eval_rows eval_functions offload compilation_cache",
         "data": "workers on_bad_row",
-        "teacher": "engine tp pp dp ep mem_fraction args threads lookahead start_timeout timeout restarts preflight "
-        "resident",
+        "teacher": "engine tp pp dp ep mem_fraction args threads lookahead batches_per_call start_timeout timeout "
+        "restarts preflight resident",
         "rollout": "engine engines tp mem_fraction args threads bucket_bytes start_timeout timeout restarts resident "
         "show_every max_k3 on_long_prompt",
     }.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -76,6 +77,8 @@ class Stream:
         self._worker: Ahead[tuple[HostBatch, Lease | None, dict[str, float]]] | None = None
         self._sender: Ahead[bool] | None = None
         self._begun = False  # whether batches are being made
+        self._ready: deque[tuple[HostBatch, tuple[Lease | None, dict[str, float]]]] = deque()  # of a call for several
+        self._end: Exception | None = None  # of the data
         self._taken: DeviceBatch | None = None
         self.steps: int | None = None
         """After so many batches of a run there are no more."""
@@ -98,7 +101,7 @@ class Stream:
         for source in (*config.data.train, *config.data.eval):
             refuse_missing(source.path)
         if config.teacher.path is not None:
-            slots = self._lookahead + 2
+            slots = self._lookahead + 1 + self._batches_per_call
             self.engine = TeacherEngine(config, self.mesh, slots=slots, log=log, tell=self._tell)
             self._exit.callback(self.engine.close)
             self.engine.before = self._before_prefill
@@ -128,6 +131,12 @@ class Stream:
         if config.distill.on_policy_fraction:
             return max(1, config.rollout.max_staleness)
         return config.teacher.lookahead if config.teacher.path else 1
+
+    @property
+    def _batches_per_call(self) -> int:
+        config = self.config
+        follows = config.distill.on_policy_fraction or config.teacher.update_every
+        return 1 if config.colocate or follows else config.teacher.batches_per_call
 
     def _shared_ids(self, head: Head) -> Bool[Array, " V"]:
         """The ids that mean something to both models. Raises UserError when their vocabularies differ."""
@@ -286,7 +295,7 @@ class Stream:
         """``held_out()`` on the mesh, with teacher rows computed here, once, and kept outside the pool."""
         batches = []
         for host in self.held_out() if hosts is None else hosts:
-            lease, _ = self._consult(host)
+            ((lease, _),) = self._consult(host)
             arrays = self.place(host, lease, copy=True)
             if lease is not None:
                 jax.block_until_ready(arrays.teacher_hidden)
@@ -318,24 +327,39 @@ class Stream:
         return replace(batch, teacher_hidden=(self.engine.view(lease, host.batch.rows.shape, copy=copy),))
 
     def _produce(self) -> tuple[HostBatch, Lease | None, dict[str, float]]:
-        if self._produced == self.steps:  # no response is to be written that no step learns from
-            raise StopIteration
-        host = next(self.data)
-        self._produced += 1
-        if self.self_teacher is not None:
-            self.self_teacher.wait_for(self._produced)
-        lease, seconds = self._consult(host)
+        if not self._ready:
+            hosts = self._read()
+            self._ready.extend(zip(hosts, self._consult(*hosts), strict=True))
+        host, (lease, seconds) = self._ready.popleft()
         return host, lease, host.seconds | seconds
+
+    def _read(self) -> list[HostBatch]:
+        """The batches of the teacher's next call. What ends the data, or is wrong with it, waits behind them."""
+        hosts: list[HostBatch] = []
+        while self._end is None and len(hosts) < self._batches_per_call:
+            try:
+                if self._produced == self.steps:  # no response is to be written that no step learns from
+                    raise StopIteration
+                hosts.append(next(self.data))
+            except Exception as end:
+                self._end = end
+                break
+            self._produced += 1
+            if self.self_teacher is not None:
+                self.self_teacher.wait_for(self._produced)
+        if not hosts:
+            raise self._end
+        return hosts
 
     def _send(self) -> bool:
         self.students.follow()
         return True
 
-    def _consult(self, host: HostBatch) -> tuple[Lease | None, dict[str, float]]:
+    def _consult(self, *hosts: HostBatch) -> list[tuple[Lease | None, dict[str, float]]]:
         if self.engine is None:
-            return None, {}
-        lease, seconds = self.engine.consult(host)
-        return lease, {"teacher": seconds}
+            return [(None, {}) for _ in hosts]
+        leases, seconds = self.engine.consult(*hosts)
+        return [(lease, {"teacher": seconds}) for lease in leases]
 
     def _before_prefill(self) -> None:
         """A teacher that follows the student gets its weights, after a new start too; held-out rows, asked for before

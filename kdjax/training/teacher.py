@@ -89,26 +89,31 @@ class TeacherEngine:
         """Until the engine answers. Raises EngineError when it does not in time, UserError when it takes too little."""
         wait_ready(self.remote, self._longest, "teacher", "teacher.args")
 
-    def consult(self, host: HostBatch) -> tuple[Lease, float]:
-        """Have the teacher write the batch's hidden rows; returns the lease that holds them and the seconds it took.
+    def consult(self, *hosts: HostBatch) -> tuple[list[Lease], float]:
+        """Have the teacher write the hidden rows of batches in one call; returns the leases that hold them and the
+        seconds it took for each.
 
         Raises EngineError where the engine fails for good, UserError for what it cannot do with a document.
         """
-        _, shards, rows = host.batch.rows.shape
-        self._reclaim()
-        lease = self.pool.lease([self._slot_rows] * shards, timeout=self._timeout)
-        start = time.perf_counter()
+        self._reclaim(len(hosts))
+        leases: list[Lease] = []
         try:
-            prompts = [
-                Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
-                for p in host.documents
-            ]
+            prompts = []
+            for host in hosts:
+                _, shards, rows = host.batch.rows.shape
+                leases.append(lease := self.pool.lease([self._slot_rows] * shards, timeout=self._timeout))
+                prompts += [
+                    Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
+                    for p in host.documents
+                ]
+            start = time.perf_counter()
             if prompts:  # there are none where every response of a step is dropped
                 self.revived.ask(lambda engine: self._prefill(engine, prompts))
-        except BaseException:  # an interrupt too: nobody else knows of the lease
-            lease.release()
+        except BaseException:  # an interrupt too: nobody else knows of the leases
+            for lease in leases:
+                lease.release()
             raise
-        return lease, time.perf_counter() - start
+        return leases, (time.perf_counter() - start) / len(hosts)
 
     def view(self, lease: Lease, shape: tuple[int, int, int], *, copy: bool = False) -> Float[Array, "A G*N E"]:
         """The rows of a batch of ``shape`` [A, G, N] where the engine wrote them, or copied.
@@ -157,9 +162,9 @@ class TeacherEngine:
         self.before()
         engine.prefill(prompts)
 
-    def _reclaim(self) -> None:
-        """Give back the rows of steps that are done; with no free slot left, wait for the oldest step."""
-        while self._lent and (self._lent[0][0].is_ready() or len(self._lent) >= self._slots - 1):
+    def _reclaim(self, count: int) -> None:
+        """Give back the rows of steps that are done; with no slots free for so many batches, wait for the oldest."""
+        while self._lent and (self._lent[0][0].is_ready() or len(self._lent) >= self._slots - count):
             array, lease = self._lent.popleft()
             if not np.isnan(array):
                 lease.release()
