@@ -64,7 +64,8 @@ def _about(name: str, result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     place = result.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     used = ", ".join(f"{package} {versions[package]}" for package in ("jax", "torch", "sglang") if package in versions)
-    return f"- {name}: {place}; {used}; commit {result['commit']}, {result['recorded'][:10]}"
+    note = f"; {result['note']}" if "note" in result else ""
+    return f"- {name}: {place}; {used}; commit {result['commit']}, {result['recorded'][:10]}{note}"
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ JOBS: tuple[tuple[str, str | None, int], ...] = (
     ("loss", "liger", 100),
     ("sync", None, 120),
     ("runs", "colocated", 180),
+    ("step", "1.7B, 8 rows, remat dots", 120),
     ("step", "1.7B, 4 rows, remat none", 100),
     ("step", "4B, 1 rows, remat none", 100),
     ("sharing", "parameters", 60),
@@ -63,7 +64,8 @@ JOBS: tuple[tuple[str, str | None, int], ...] = (
 SECTIONS = tuple(dict.fromkeys(section for section, *_ in JOBS))
 SECONDS = 585  # of all together
 WORTHWHILE = 30  # fewer seconds than these tell nothing of any case
-NEEDS_GB = {"4B": 120}  # of the GPU, by the model of a step: 16 bytes a weight, gradients included, and what is saved
+# Of the GPU, by how a step's case begins: 16 bytes a weight, gradients included, and what is saved.
+NEEDS_GB = {"4B": 120, "1.7B, 8 rows": 90}
 NEEDS = {  # what a case cannot do without, and the machine may lack
     ("loss", "liger"): ("liger_kernel", "liger-kernel is not installed"),
     ("runs", "colocated"): ("torch_memory_saver", "torch_memory_saver, by which SGLang sleeps, is not installed"),
@@ -152,8 +154,8 @@ def _lacking(section: str, case: str | None) -> str | None:
     module, lacking = NEEDS.get((section, case), ("", ""))
     if module and importlib.util.find_spec(module) is None:
         return lacking
-    needed = NEEDS_GB.get((case or "").partition(",")[0]) if section == "step" else None
-    if needed is None:
+    needed = next((gb for begins, gb in NEEDS_GB.items() if (case or "").startswith(begins)), None)
+    if section != "step" or needed is None:
         return None
     memory = min((int(told.split(",")[2].split()[0]) * 2**20 / 1e9 for told in gpus()), default=0)
     return f"it needs {needed} GB of GPU memory, and here are {memory:.0f}" if memory < needed else None

@@ -25,12 +25,13 @@ class Window:
         self._start(done)
 
     def _start(self, step: int) -> None:
-        self._first, self._tokens, self._since = step, 0, time.perf_counter()
+        self._first, self._tokens, self._took, self._since = step, 0, 0, time.perf_counter()
         # What the loop does is told in every window once it was seen, where it took no time too.
         self._seconds = defaultdict(float, {name: 0.0 for name in self.LOOPS if name in self._seconds})
 
     def took(self, batch: DeviceBatch) -> None:
         """A batch was waited for and placed."""
+        self._took += 1
         for name in batch.seconds.keys() & set(self.LOOPS):
             self._seconds[name] += batch.seconds[name]
 
@@ -49,10 +50,15 @@ class Window:
     def close(self, step: int) -> dict[str, float]:
         """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window.
 
+        A window that is the last step alone, whose batch the one before it has waited for, tells no speed.
         ``rollout/hidden`` is the share of the seconds of generation in which the loop had something else to do.
         """
         steps, wall = step - self._first, time.perf_counter() - self._since
-        values = {"learning_rate": float(self._schedule(step - 1)), "tokens_per_second": self._tokens / wall}
+        values = {"learning_rate": float(self._schedule(step - 1))}
+        if self._took == 0:
+            self._start(step)
+            return values
+        values["tokens_per_second"] = self._tokens / wall
         seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
         # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
         seconds["student"] = max(0.0, seconds["step"] - sum(seconds.get(name, 0.0) for name in self.LOOPS))
