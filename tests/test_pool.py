@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -28,6 +29,7 @@ from bridge.cuda import gpus
 from bridge.dlpack import DLPackView, _held
 from bridge.errors import EngineError
 from bridge.hidden_pool import Block, HiddenPool, PoolSpec
+from bridge.leaving import FOLDER_PREFIX
 from bridge.pool_rows import PoolRows, assigned
 from bridge.segments import SHARED, sweep
 from kdjax.sharding import make_mesh
@@ -338,6 +340,13 @@ def test_what_a_killed_owner_left_is_swept_and_nothing_else(pool):
     with HiddenPool.create(rows=8, width=8, dtype="float32"):
         assert not orphan.exists()
         assert Path(pool.spec.path).exists() and pool.spec.path not in sweep()
+
+
+def test_an_engines_folder_in_shared_memory_is_left_alone(monkeypatch):
+    """With TMPDIR there, an engine's temporary folder has a segment's place and the beginning of its name."""
+    monkeypatch.setattr(tempfile, "tempdir", str(SHARED))
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder:
+        assert Path(folder).parent == SHARED and folder not in sweep() and Path(folder).exists()
 
 
 def test_arrays_alive_at_exit_do_no_harm():

@@ -2,10 +2,15 @@
 
 import io
 import time
+from types import SimpleNamespace
 
 from rich.console import Console
 
+from kdjax.config import from_dict
 from kdjax.progress import Display
+from kdjax.training.window import Window
+
+CONFIG = {"student": {"path": "none"}, "data": {"train": [{"path": "none"}]}}
 
 VALUES = {
     "loss": 2.5, "kd": 2.25, "ce": 3.5, "grad_norm": 0.75, "loss_tokens": 640.0, "learning_rate": 2e-4,
@@ -41,6 +46,20 @@ def test_what_ran_beside_the_step_stands_behind_its_seconds():
     assert "(waiting 0.10 + transfer 0.02 + student 0.38 + sync 0.04; generate 0.40, 75% hidden; teacher 0.30)" in (
         out.getvalue()
     )
+
+
+def test_a_step_whose_batch_another_window_waited_for_tells_no_speed():
+    window = Window(from_dict(CONFIG), steps=2, done=0)
+    batch = SimpleNamespace(seconds={"waiting": 0.1}, host=SimpleNamespace(tokens=640))
+    window.took(batch)
+    window.done(batch)
+    assert window.close(1)["tokens_per_second"] > 0
+    window.done(batch)
+    assert window.close(2).keys() == {"learning_rate"}
+    display, out = Display(), io.StringIO()
+    display.console = Console(file=out, highlight=False, soft_wrap=True, width=300)
+    display.step(2, 2, {"loss": 2.5, "grad_norm": 0.75, "learning_rate": 0.0})
+    assert out.getvalue() == "step 2/2  loss 2.5000  grad 0.75  lr 0.0e+00\n"
 
 
 def test_a_terminal_gets_the_same_lines_and_a_bar():

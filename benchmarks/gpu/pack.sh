@@ -4,7 +4,7 @@
 #   benchmarks/gpu/pack.sh FOLDER [VERSION [PACKAGE…]]    where there is one; VERSION is that machine's Python (3.12)
 #   PYTHONPATH=FOLDER:. python -m benchmarks.gpu          there, in a copy of the repository
 #
-# 160 MB; named PACKAGEs are taken alone, where the machine has most of them: grain, array-record, pydantic,
+# 160 MB; named PACKAGEs are taken alone, where the machine has most of them: grain, portpicker, array-record, pydantic,
 # pydantic-core, annotated-types, typing-inspection, platformdirs and liger-kernel are few MB, and rare.
 # Versions are those of requirements/gpu-constraints.txt; wheels are for Linux on x86_64.
 set -euo pipefail
