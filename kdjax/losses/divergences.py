@@ -60,11 +60,8 @@ def jsd(
     β weights the teacher and lies strictly between 0 and 1; at the ends the value would vanish: take kl or rkl.
     """
     _require("jsd_beta", jsd_beta, "strictly between 0 and 1", lambda b: 0 < b < 1)
-    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
-    log_m = _log_mixture(jsd_beta, log_p, log_q)
-    # The linear parts of the two sums cancel id by id, as m is their mixture.
-    terms = jsd_beta * jnp.exp(log_p) * (log_p - log_m) + (1 - jsd_beta) * jnp.exp(log_q) * (log_q - log_m)
-    return vocab.sum(terms)
+    student, teacher = _scaled(student_logits, teacher_logits, temperature)
+    return _jsd(student, teacher, jsd_beta, vocab)
 
 
 @register_divergence("skl", split_vocab=True)
@@ -206,6 +203,32 @@ def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, An
     if not isinstance(da, SymbolicZero):
         slope += vocab.sum(jnp.exp(log_a) * (log_a - log_b - lax.stop_gradient(value)[..., None]) * da)
     return value, slope
+
+
+# Its slope in the logits of q is (1 − β) q (log q − log m − KL(q ‖ m)), that in those of p alike.
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _jsd(student: Array, teacher: Array, beta: Number, vocab: Vocab) -> Array:
+    return vocab.sum(_jsd_terms(beta, vocab.log_softmax(teacher), vocab.log_softmax(student)))
+
+
+@partial(_jsd.defjvp, symbolic_zeros=True)
+def _jsd_slope(vocab: Vocab, primals: tuple[Array, Array, Number], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    *logits, beta = primals
+    log_q, log_p = (vocab.log_softmax(x) for x in logits)
+    log_m = _log_mixture(beta, log_p, log_q)
+    value = vocab.sum(_jsd_terms(beta, log_p, log_q))
+    slope = jnp.zeros_like(value)
+    for share, log_x, tangent in ((1 - beta, log_q, tangents[0]), (beta, log_p, tangents[1])):
+        if not isinstance(tangent, SymbolicZero):
+            own = vocab.sum(_kl_terms(log_x, log_m))[..., None]
+            slope += vocab.sum(share * jnp.exp(log_x) * (log_x - log_m - lax.stop_gradient(own)) * tangent)
+    return value, slope
+
+
+def _jsd_terms(beta: Number, log_p: Array, log_q: Array) -> Array:
+    # The linear parts of the two sums cancel id by id, as m is their mixture.
+    log_m = _log_mixture(beta, log_p, log_q)
+    return beta * jnp.exp(log_p) * (log_p - log_m) + (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
 
 
 def _kl_terms(log_a: Array, log_b: Array) -> Array:
