@@ -81,11 +81,7 @@ class Display:
             words.append(f"k3 {values['rollout/k3']:.1e}")
         words += [f"grad {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}"]
         if "tokens_per_second" in values:
-            words += [f"{values['tokens_per_second']:,.0f} tok/s", self._spent(values, steps - step)]
-        self.line("  ".join(words))
-
-    @staticmethod
-    def _spent(values: Mapping[str, float], left: int) -> str:
+            words.append(f"{values['tokens_per_second']:,.0f} tok/s")
         seconds = {n.removeprefix("seconds/"): v for n, v in values.items() if n.startswith("seconds/")}
         whole = seconds.pop("step")
         beside = {name: f"{seconds.pop(name):.2f}" for name in ("generate", "teacher") if name in seconds}
@@ -93,7 +89,9 @@ class Display:
             beside["generate"] += f", {values['rollout/hidden']:.0%} hidden"
         shares = " + ".join(f"{name} {value:.2f}" for name, value in seconds.items())
         others = "".join(f"; {name} {text}" for name, text in beside.items())
-        return f"{whole:.2f} s/step ({shares}{others})  eta {timedelta(seconds=round(whole * left))}"
+        words.append(f"{whole:.2f} s/step ({shares}{others})")
+        words.append(f"eta {timedelta(seconds=round(whole * (steps - step)))}")
+        self.line("  ".join(words))
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left", header_style="bold")

@@ -158,6 +158,8 @@ def common(teacher: Path, toy: bool, steps: int, every: int) -> dict[str, Any]:
         "student.attention": "cudnn",
         "student.remat": "dots",  # a step of 32,768 tokens fits beside the teacher on a GPU of 80 GB too
         "teacher.dtype": "bfloat16",
+        "teacher.batches_per_call": 1,
+        "teacher.lookahead": 1,
         "teacher.threads": None,
         "teacher.mem_fraction": 0.2,
         "teacher.args": SGLANG | {"chunked_prefill_size": -1, "max_total_tokens": 131072},
@@ -177,7 +179,7 @@ def run(out: Path, values: dict[str, Any], skip: int) -> dict[str, Any]:
     if done.returncode:
         logs = [screen, *out.glob("*.log")]
         raise RuntimeError("\n".join(f"{log.name}: {log.read_text(errors='replace')[-2500:]}" for log in logs))
-    windows = [r for r in read_metrics(out / "metrics.jsonl") if "seconds/step" in r][skip:]
+    windows = [r for r in read_metrics(out / "metrics.jsonl") if "tokens_per_second" in r][skip:]
     found = {name: spread([w[f"seconds/{name}"] for w in windows]) for name in NAMES if f"seconds/{name}" in windows[0]}
     speeds = spread([w["tokens_per_second"] for w in windows])
     speeds["median"] = speeds.pop("seconds")

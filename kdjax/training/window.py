@@ -50,15 +50,14 @@ class Window:
     def close(self, step: int) -> dict[str, float]:
         """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window.
 
-        A window that is the last step alone, whose batch the one before it has waited for, tells no speed.
+        Where no batch was taken, as in a window of the last step alone, there is no speed: the wait for its batch was
+        the window's before.
         ``rollout/hidden`` is the share of the seconds of generation in which the loop had something else to do.
         """
         steps, wall = step - self._first, time.perf_counter() - self._since
         values = {"learning_rate": float(self._schedule(step - 1))}
-        if self._took == 0:
-            self._start(step)
-            return values
-        values["tokens_per_second"] = self._tokens / wall
+        if self._took:
+            values["tokens_per_second"] = self._tokens / wall
         seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
         # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
         seconds["student"] = max(0.0, seconds["step"] - sum(seconds.get(name, 0.0) for name in self.LOOPS))
