@@ -121,9 +121,12 @@ class _Run:
             algorithm = make_algorithm(config, self.model, self.stream.teachers, seed=config.train.seed)
             optimizer = make_optimizer(config.train, self.steps)
             self.step = make_step(self.model, algorithm, optimizer, self.stream.mesh, config.train.offload)
+        if config.teacher.path is None:
             self.stream.attach(self.step)
-        if config.teacher.path is not None:
+        else:
+            # Engines that must start one after the other wait for the teacher as they are attached.
             with display.stage(f"teacher ({config.teacher.engine})"):
+                self.stream.attach(self.step)
                 self.stream.wait_ready()
             if config.teacher.preflight:
                 with display.stage("preflight"):
