@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.losses import Head, find_divergence, linear_rows
+from kdjax.losses import Head, chunks, find_divergence, linear_rows
 from kdjax.losses.rollouts import OVERLAP, DivergenceOnRollouts, PolicyGradient, Sampled
 
 N, D, E, V = 23, 6, 5, 17
@@ -92,6 +92,17 @@ def test_values_and_gradients_are_those_of_float64(signal, temperature, clip, kd
     slope = slope * mask[:, None]
     np.testing.assert_allclose(grads[0], slope @ r["head"].T, atol=1e-4)
     np.testing.assert_allclose(grads[1], r["hidden"].T @ slope, atol=1e-4)
+
+
+def test_by_row_as_on_a_gpu(monkeypatch):
+    """Two chunks a group: values keep their rows' order over groups, chunks and blocks."""
+    expected = evaluate(PolicyGradient("k3", 0.7, Sampled(1.2, 2.0)), rows(), chunk_rows=23)
+    monkeypatch.setattr(chunks, "_on_cpu", lambda: False)
+    monkeypatch.setattr(chunks, "_group_chunks", lambda chunk, hidden: 2)
+    monkeypatch.setattr(chunks, "_block_rows", lambda columns: 2)
+    found = evaluate(PolicyGradient("k3", 0.7, Sampled(1.2, 2.0)), rows(), chunk_rows=5)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def brier(student_logits, teacher_logits, *, temperature=1.0):
