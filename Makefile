@@ -80,7 +80,8 @@ $(STAMP):
 		$(PIP) --retries 1 --timeout 30 --no-deps -r requirements/cpu-torch.txt && \
 		$(PIP) --no-deps -r requirements/cpu-sglang.txt && \
 		$(PIP) -r requirements/cpu.txt && \
-		$(PIP) --no-deps -e . ; \
+		$(PIP) --no-deps -e . && \
+		$(BIN)/python -m bridge.torchvision_hook ; \
 	fi
 	rm -f $(VENV)/.ready-*
 	touch $@

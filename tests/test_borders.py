@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_JAX = {"jax", "jaxlib", "flax", "kdjax"}
 # What the engine's processes load, SGLang's own children included.
 SERVER_SIDE = (
-    "server", "host", "leaving", "pool_rows", "bucket_tensors", "sglang_engine", "sglang_hook", "sglang_platform",
+    "server", "host", "leaving", "pool_rows", "bucket_tensors", "sglang_engine", "sglang_hook", "sglang_platform", "torchvision_hook",
     "sglang_weights", "transformers_engine"
 )  # fmt: skip
 # What kdjax may load of bridge.

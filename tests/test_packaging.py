@@ -42,6 +42,15 @@ def test_a_wheel_holds_both_packages_and_the_entry_point(root, tmp_path):
     assert callable(getattr(importlib.import_module(module), function))
 
 
+def test_an_export_opens_in_a_program_that_knows_nothing_of_kdjax(root):
+    """Transformers imports torchvision for a model class, and its wheel needs help beside a CPU torch."""
+    program = "from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained('.')).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root / "examples/teacher", capture_output=True, text=True
+    )
+    assert done.stdout == "Qwen3ForCausalLM\n", done.stderr
+
+
 def test_the_pack_for_a_machine_without_a_network_is_whole(root):
     """what it names is pinned, and asks for nothing but itself and what comes with JAX, torch and transformers"""
     script = (root / "benchmarks" / "gpu" / "pack.sh").read_text()
