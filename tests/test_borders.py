@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_JAX = {"jax", "jaxlib", "flax", "kdjax"}
 # What the engine's processes load, SGLang's own children included.
 SERVER_SIDE = (
-    "server", "host", "leaving", "pool_rows", "bucket_tensors", "sglang_engine", "sglang_hook", "sglang_platform", "torchvision_hook",
-    "sglang_weights", "transformers_engine"
+    "server", "host", "leaving", "pool_rows", "bucket_tensors", "sglang_engine", "sglang_hook", "sglang_platform",
+    "sglang_weights", "torchvision_hook", "transformers_engine",
 )  # fmt: skip
 # What kdjax may load of bridge.
 TRAINER_SIDE = ("client", "engine", "hidden_pool", "dlpack", "cuda", "errors", "checkpoint", "segments", "weight_sync")
