@@ -1,4 +1,4 @@
-"""How long does a teacher's lead last? The quickstart's student on all its rows for many epochs, one seed.
+"""How long does a teacher's lead last? The quickstart's student on all of its teacher's rows for many epochs, one seed.
 
     python -m benchmarks.epochs                        # an hour and a half on two cores
     python -m benchmarks.epochs --only-table           # write the table anew from the committed results
@@ -14,9 +14,10 @@ import argparse
 import json
 from typing import Any
 
-from benchmarks.quickstart import RUNS, SFT, run
+from benchmarks.quickstart import CONFIG, RUNS, SFT, run
 from benchmarks.record import ROOT, record, write_between
 from benchmarks.runs import made_at
+from kdjax.config import load_config, to_dict
 
 RESULT = ROOT / "benchmarks" / "results" / "epochs.json"
 PAGE = ROOT / "README.md"
@@ -26,11 +27,18 @@ EVERY, EPOCH = 1_000, 2_930  # steps between evaluations, and of an epoch
 SHOWN = (1_000, 2_000, 4_000, 8_000, 12_000, 16_000, 20_000, 24_000)
 
 
+def overrides() -> tuple[str, ...]:
+    """What a run changes beside the quickstart benchmark's own overrides."""
+    (source,) = to_dict(load_config(CONFIG))["data"]["train"]
+    return (f"data.train={json.dumps([source | {'max_samples': None}])}", f"train.eval_every={EVERY}")
+
+
 def measure(seed: int = 0) -> dict[str, Any]:
     runs = {}
     for name, steps in STEPS.items():
         more = SFT if name == "sft_epochs" else ()
-        records = [r for r in run(name, seed, steps, *more, f"train.eval_every={EVERY}") if "eval/ce" in r]
+        changed = (*more, *overrides())
+        records = [r for r in run(name, seed, steps, *changed) if "eval/ce" in r]
         runs[name] = {"steps": steps, "ce": {str(r["step"]): r["eval/ce"] for r in records}}
         if not more:
             teacher = records[0]["eval/teacher_ce"]

@@ -1,13 +1,10 @@
-"""Distillation against SFT at its own best step: the quickstart's student on so few rows that SFT overfits them.
+"""Distillation against SFT at its own best step, on half the quickstart's rows: SFT overfits them soon.
 
     python -m benchmarks.few_rows                        # half an hour on two cores
     python -m benchmarks.few_rows --only-table           # write the table anew from the committed results
 
-With all of GSM8K, supervised fine-tuning (SFT) of a student this small still gains after 1,600 steps, half an epoch;
-its best step there is not measured. With 750 rows it still gained after 1,800 (one seed, before distillation was tried
-on so few), so ``ROWS`` is 250. Both take as many steps on these. SFT counts with the best of its evaluations, which
-must lie before the last, distillation with its last and so with none that was chosen.
-Stopped, it goes on where it was.
+Both take as many steps on them. Supervised fine-tuning (SFT) counts with the best of its evaluations, which must lie
+before the last, distillation with its last and so with none that was chosen. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
