@@ -282,6 +282,10 @@ LINES: dict[str, tuple[Line, ...]] = {
     "quickstart": (
         Line("held-out cross-entropy, distilled − fine-tuned for as many steps", partial(_held_out, other="sft_steps")),
         Line("the same, for as many seconds", partial(_held_out, other="sft_seconds")),
+        Line(
+            "the same, in twice the steps, at the fine-tuned one's own best step",
+            partial(_held_out, other="sft_long", ours="kd_long", which="best"),
+        ),
     ),
     "few_rows": (
         Line(

@@ -44,7 +44,11 @@ def test_distilling_beats_fine_tuning_with_every_seed():
         assert kd["final"]["teacher_ce"] < kd["final"]["ce"]
         for other in ("sft_steps", "sft_seconds"):
             assert kd["final"]["ce"] < runs[other][i]["final"]["ce"]
-        assert runs["kd_long"][i]["final"]["ce"] < runs["sft_long"][i]["best"]["ce"]
+        alone = runs["sft_long"][i]
+        assert alone["best_step"] < alone["steps"] and alone["best"]["ce"] < alone["final"]["ce"]
+        # The teacher is better than the student alone ever was, and its student at half the steps is as well.
+        assert kd["final"]["teacher_ce"] < kd["final"]["ce"] < alone["best"]["ce"]
+        assert runs["kd_long"][i]["final"]["ce"] < alone["best"]["ce"]
 
 
 def test_distilling_beats_fine_tuning_at_its_own_best_step():
