@@ -81,7 +81,7 @@ $(STAMP):
 		$(PIP) --no-deps -r requirements/cpu-sglang.txt && \
 		$(PIP) -r requirements/cpu.txt && \
 		$(PIP) --no-deps -e . && \
-		$(BIN)/python -m bridge.torchvision_hook ; \
+		$(BIN)/python -W ignore -m bridge.torchvision_hook ; \
 	fi
 	rm -f $(VENV)/.ready-*
 	touch $@

@@ -343,6 +343,8 @@ GPU: tuple[Line, ...] = (
         "parameters to the host and back, GB/s",
         lambda r: _rates(r, ("sharing", "parameters", "sleep"), ("sharing", "parameters", "wake")),
     ),
-    Line("a deleted array given back, by JAX's allocator", lambda r: _given_back(r, "default", "cuda_async")),
+    Line(
+        "a deleted array given back, by JAX's allocator", lambda r: _given_back(r, "default", "cuda_async", "platform")
+    ),
 )
 """Of every file that ``benchmarks.gpu`` wrote, whatever its name."""

@@ -36,6 +36,7 @@ LOOK_SECONDS = 0.2
 OVERRIDES = (
     "overwrite=true",  # each round anew
     "teacher.threads=1",
+    "teacher.batches_per_call=1",
     "train.batch_size=4",
     "train.eval_every=null",
     "train.eval_rows=4",

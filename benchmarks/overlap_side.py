@@ -25,7 +25,7 @@ def main(path: str, out: str, *overrides: str) -> None:
         hosts = [next(batches.data) for _ in range(READY)]
         teacher = []
         for number in range(config.train.steps):
-            lease, seconds = batches.engine.consult(hosts[number % READY])
+            (lease,), seconds = batches.engine.consult(hosts[number % READY])
             lease.release()
             teacher.append(seconds)
         ready = batches.evaluation(hosts)  # copies of the teacher's rows, which no step gives back

@@ -25,7 +25,10 @@ def install() -> Path:
     """write the file that has every Python of this environment import this module; returns its path"""
     path = Path(sysconfig.get_path("purelib")) / "kdjax_torchvision.pth"
     # An environment may outlive the package, and what stands in the way of every start must not fail.
-    path.write_text(f"import importlib.util as u; u.find_spec('bridge') and __import__({__spec__.name!r})\n")
+    name, room = __spec__.name, __spec__.parent
+    path.write_text(
+        f"import importlib.util as u; u.find_spec({room!r}) and u.find_spec({name!r}) and __import__({name!r})\n"
+    )
     return path
 
 

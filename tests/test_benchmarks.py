@@ -250,7 +250,8 @@ def test_a_real_engine_gives_the_same_rows_by_its_own_call():
 
 
 @pytest.mark.full
-def test_teacher_and_student_overlap():
+def test_teacher_and_student_overlap(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # on one device, as the benchmark is
     found = overlap.measure(1, 30)
     assert found["against_turns"]["ratio"] < 1
 

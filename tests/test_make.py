@@ -11,7 +11,7 @@ CPU = [
     "pip --no-deps -r requirements/cpu-sglang.txt",
     "pip -r requirements/cpu.txt",
     "pip --no-deps -e .",
-    "python -m bridge.torchvision_hook",
+    "python -W ignore -m bridge.torchvision_hook",
 ]
 GPU = ["pip -c requirements/gpu-constraints.txt -e .[gpu,test,docs,wandb]"]
 TRAIN = "python -m kdjax.train --config configs/quickstart.yaml"

@@ -149,7 +149,30 @@ def test_a_slot_is_leased_again_only_when_the_step_that_read_it_is_done():
             engine.release_after(steps[number], lease)
             return list(waited)
 
-        assert batch(0) == batch(1) == [] and batch(2) == steps[:1]
-        assert batch(3) == steps[:2] and starts == [0, 16, 0, 16]  # a slot is free for the batch that is taken next
-        steps[2].ready, steps[2].value = True, np.nan  # its rows are looked at
-        assert batch(4) == steps[:2] and starts[4] == 32
+        assert batch(0) == batch(1) == batch(2) == []
+        assert batch(3) == steps[:1] and starts == [0, 16, 32, 0]
+        steps[2].ready, steps[2].value = True, np.nan  # its rows are looked at, and stay
+        assert batch(4) == steps[:2] and starts[4] == 16
+
+
+@pytest.mark.parametrize(("lookahead", "together"), [(1, 1), (4, 1), (4, 4)])
+def test_a_loop_that_looks_at_its_steps_late_gets_its_batches(run_values, local_engines, tmp_path, lookahead, together):
+    """Its steps are done, and nobody has asked whether they are: their rows are there for the next batches."""
+    run_values["teacher"] |= {"lookahead": lookahead, "batches_per_call": together, "timeout": 20}
+    with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
+        for _ in range(14):
+            next(stream).release_after(Late(0.05))
+
+
+class Late:
+    """What a step puts out: ready a little after it was asked for, as a device's work is."""
+
+    def __init__(self, seconds):
+        self.at = time.monotonic() + seconds
+
+    def is_ready(self):
+        return time.monotonic() > self.at
+
+    def __array__(self, dtype=None, copy=None):
+        time.sleep(max(0.0, self.at - time.monotonic()))
+        return np.array(0.0)

@@ -85,7 +85,7 @@ class TeacherConfig:
     timeout: float = Field(300.0, gt=0)
     """Seconds that one call may take in the engine."""
     restarts: int = Field(3, ge=0)
-    """How often an engine that died or hung is started again for one batch, before the run ends."""
+    """How often an engine that died or hung is started again for one call, before the run ends."""
     trust_remote_code: bool = False
     """Let the teacher's folder run its own code."""
     preflight: bool = True

@@ -57,7 +57,8 @@ def jsd(
 ) -> Values:
     """Generalised Jensen-Shannon: β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = βp + (1 − β)q (GKD, 2306.13649).
 
-    β weights the teacher and lies strictly between 0 and 1; at the ends the value would vanish: take kl or rkl.
+    β weights the teacher and lies strictly between 0 and 1; at the ends the value would vanish: take kl or rkl. It may
+    be scheduled, and gets no gradient.
     """
     _require("jsd_beta", jsd_beta, "strictly between 0 and 1", lambda b: 0 < b < 1)
     student, teacher = _scaled(student_logits, teacher_logits, temperature)

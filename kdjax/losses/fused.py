@@ -43,11 +43,16 @@ def _totals_and_sums(plan: Plan, sides: tuple[Side, ...], fixed: Fixed) -> tuple
 
 def _forward(plan: Plan, sides, fixed):
     # Only what is being differentiated costs a product: not a frozen head, and as a rule nothing of the teacher's.
-    asked = jax.tree.map(lambda x: x.value.dtype if x.perturbed else None, sides)
+    asked = jax.tree.map(lambda x: _summed_in(x.value.dtype) if x.perturbed else None, sides)
     sides, fixed = (jax.tree.map(lambda x: x.value, tree) for tree in (sides, fixed))
     found, gradients = _run(plan, sides, fixed, asked)
     likes = jax.tree.map(lambda x: jnp.empty(0, x.dtype), sides)
     return (mix(fixed.mixture, found[0]), found), (gradients, likes)
+
+
+def _summed_in(dtype: Any) -> Any:
+    """What a sum over rows may be written in before it is scaled: float16 would overflow."""
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
 def _backward(plan: Plan, saved, cotangents):

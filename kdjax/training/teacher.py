@@ -95,12 +95,12 @@ class TeacherEngine:
 
         Raises EngineError where the engine fails for good, UserError for what it cannot do with a document.
         """
-        self._reclaim(len(hosts))
         leases: list[Lease] = []
         try:
             prompts = []
             for host in hosts:
                 _, shards, rows = host.batch.rows.shape
+                self._reclaim()
                 leases.append(lease := self.pool.lease([self._slot_rows] * shards, timeout=self._timeout))
                 prompts += [
                     Prefill(*p.document.teacher_request, lease.starts[p.shard] + p.micro * rows + p.offset)
@@ -162,9 +162,10 @@ class TeacherEngine:
         self.before()
         engine.prefill(prompts)
 
-    def _reclaim(self, count: int) -> None:
-        """Give back the rows of steps that are done; with no slots free for so many batches, wait for the oldest."""
-        while self._lent and (self._lent[0][0].is_ready() or len(self._lent) >= self._slots - count):
+    def _reclaim(self) -> None:
+        """Give back the rows of steps that are done; with no slot left, batches that nobody has taken yet counted too,
+        wait for the oldest step: nobody else would give its rows back."""
+        while self._lent and (self._lent[0][0].is_ready() or self.pool.usage().leases >= self._slots):
             array, lease = self._lent.popleft()
             if not np.isnan(array):
                 lease.release()
