@@ -64,6 +64,7 @@ class Vocab:
     def top_k(self, x: Float[AnyArray, "*rows V"], k: int) -> Int[Array, "*rows k"]:
         """The ids of the ``k`` largest entries, largest first, equal ones by ascending id."""
         x = lax.stop_gradient(x)
+        x = jnp.where(x == 0, 0, x)  # lax.top_k puts -0.0 behind 0.0
         values, ids = lax.top_k(x, min(k, x.shape[-1]))
         if self.axis is None:
             return ids
