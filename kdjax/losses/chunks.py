@@ -150,7 +150,8 @@ def _group(plan: Plan, vocab: Vocab, sides: tuple[Side, ...], fixed: Fixed, aske
     # Rows without loss may hold anything, an unwritten pool row too, and 0 · NaN would reach the products.
     sides = tuple(side._replace(hidden=jnp.where(fixed.mask[:, None], side.hidden, 0)) for side in sides)
     found, slopes, biases = _by_chunks(plan, vocab, sides, fixed, asked, sizes)
-    heads = jax.tree.map(lambda _: None, slopes, is_leaf=lambda x: x is None) if heads is None else heads
+    if heads is None:  # the only group
+        heads = ((None,) * len(sides),) * len(slopes)
     gradients = tuple(
         tuple(_gradient(*of_side) for of_side in zip(sides, plan.heads, *one, asked, strict=True))
         for one in zip(slopes, biases, heads, strict=True)
