@@ -162,6 +162,14 @@ def test_ragged_blocks_and_slices(name, layout, monkeypatch):
     close([slope[1] for slope in both], ce_slopes)
 
 
+@pytest.mark.parametrize(("name", "layout"), [("kl", "dv"), ("user", "vd")])
+def test_chunks_of_which_no_row_carries_loss(name, layout):
+    """Those in the middle and at the end are left out, and what is summed is not touched there."""
+    case = Case(31, 59, 67, layout=layout)
+    case.mask[8:16], case.mask[24:] = False, False
+    check_divergence(case, name, 1.3, chunk_rows=8)
+
+
 @pytest.mark.parametrize("vocab", [53, 5_000, 151_936])
 def test_cross_entropy_uses_the_whole_softmax(vocab):
     case = Case(5, vocab)

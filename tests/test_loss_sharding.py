@@ -128,6 +128,8 @@ def collectives(text):
         if name in computations and name not in inside:
             inside.add(name)
             waiting += re.findall(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)", computations[name])
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", computations[name]):
+                waiting += re.findall(r"[\w.\-]+", branches)
     for name, body in computations.items():
         for shapes, kind in COLLECTIVE.findall(body):
             dimensions = [dims.split(",") if dims else [] for dims in re.findall(r"\[([\d,]*)\]", shapes)]

@@ -98,6 +98,8 @@ def sums_and_gradients(
     xs = jax.tree.map(lambda x: _parts(resize(x, 0, sizes.rows), sizes.groups), xs)
     nothing = jax.tree.map(lambda yes, x: jnp.zeros(x.shape, jnp.float32), asked, _where(asked, sides))
     start = jnp.zeros(terms, jnp.float32), None if sizes.groups == 1 else _only_heads((nothing,) * totals)
+    if _on_cpu() and sizes.groups > 1:
+        step = _where_rows_count(step)
     (sums, heads), (hidden, values) = _scan(step, start, xs)
     hidden = jax.tree.map(lambda x: x.reshape(sizes.rows, -1)[:rows], hidden)
     gradients = tuple(
@@ -133,10 +135,27 @@ class _Sizes(NamedTuple):
         return self.groups * self.chunks * self.blocks * self.block
 
 
+def _where_rows_count(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """``step`` of a scan that does nothing for rows of which none carries loss, as the last of a padded batch.
+
+    For a CPU, where this costs nothing; a GPU would wait for the host to look.
+    """
+
+    def nothing(carry, rows_here):
+        results = jax.eval_shape(step, carry, rows_here)[1]
+        return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+
+    def either(carry, rows_here):
+        *_, mask = rows_here
+        return lax.cond(mask.any(), step, nothing, carry, rows_here)
+
+    return either
+
+
 def _sizes(plan: Plan, vocab: Vocab, sides: tuple[Side, ...], rows: int) -> _Sizes:
     """As even as can be, so that few rows are added."""
     columns = max(side.weight.shape[head.layout.index("v")] for side, head in zip(sides, plan.heads, strict=True))
-    limit = plan.chunk_rows or _chunk_rows(columns)
+    limit = plan.chunk_rows or _chunk_rows(columns, max(side.hidden.shape[1] for side in sides))
     groups = -(-rows // (limit * _group_chunks(limit, sides[0].hidden)))
     chunks = -(-rows // (groups * limit))
     chunk = -(-rows // (groups * chunks))
@@ -305,13 +324,16 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _chunk_rows(columns: int) -> int:
+def _chunk_rows(columns: int, width: int) -> int:
     """Rows of a chunk: enough to outweigh reading a head, and no more.
 
-    On a CPU 832 keep temporary memory at V = 151,936 under an eighth of whole logits' at 4,096 rows. Below a million
-    logits the work for a chunk itself would show. Elsewhere logits of 256 MiB, in rows that fill a product's tiles.
+    On a CPU as many as the wider model has dimensions do; few leave out more of the rows without loss. At most 832,
+    which keep temporary memory at V = 151,936 under an eighth of whole logits' at 4,096 rows. Below a million logits
+    the work for a chunk itself would show. Elsewhere logits of 256 MiB, in rows that fill a product's tiles.
     """
-    return max(832, 2**20 // columns) if _on_cpu() else 256 * max(1, round(2**26 / columns / 256))
+    if _on_cpu():
+        return max(min(max(width, 256), 832), 2**20 // columns)
+    return 256 * max(1, round(2**26 / columns / 256))
 
 
 def _group_chunks(chunk: int, hidden: jax.Array) -> int:
@@ -322,8 +344,8 @@ def _group_chunks(chunk: int, hidden: jax.Array) -> int:
 
 
 def _block_rows(columns: int) -> int:
-    """Rows of a block of about 16 MB on a CPU, whose caches it should fit, and 512 MB elsewhere."""
-    return max(1, (2**22 if _on_cpu() else 2**27) // columns)
+    """Rows of a block of about 2 MB on a CPU, the cache of a core, and 512 MB elsewhere."""
+    return max(1, (2**19 if _on_cpu() else 2**27) // columns)
 
 
 def _where(asked: tuple[Side, ...], sides: tuple[Side, ...]) -> tuple[Side, ...]:

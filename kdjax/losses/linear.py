@@ -59,8 +59,8 @@ def linear_divergence(
             They may be arrays, of a schedule for instance, and get no gradient.
         mask: rows that carry loss. The others may hold anything.
         mesh: how to split rows and vocabulary; by default the ambient one.
-        chunk_rows: rows whose logits exist at a time on one device; by default 832 on a CPU and 512 elsewhere, or more
-            where V is small. On a GPU slopes of up to 4,096 rows or more wait beside them: see docs/losses.md.
+        chunk_rows: rows whose logits exist at a time on one device; by default 256 to 832 on a CPU and 512 elsewhere,
+            or more where V is small. On a GPU slopes of up to 4,096 rows or more wait beside them: see docs/losses.md.
 
     Returns float32 scalars. Raises UserError for shapes that do not fit and for what ``divergence`` refuses.
     """
