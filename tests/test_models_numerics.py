@@ -65,6 +65,47 @@ def test_what_cudnn_is_asked_for(monkeypatch, segments):
     assert (None if mask is None else mask.tolist()) == apart
 
 
+def dense_attention(q, k, v, slope, segments):
+    """Outputs and the gradients of q, k and v in float64, from all scores."""
+    groups = q.shape[2] // k.shape[2]
+    q, k, v, slope = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, slope))
+    kv_heads, (k, v) = k.shape[1], (x.repeat(groups, axis=1) for x in (k, v))
+    seen = np.tri(q.shape[2], dtype=bool) & (segments[:, None, :, None] == segments[:, None, None])
+    scores = np.where(seen, q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = slope @ v.swapaxes(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / q.shape[-1] ** 0.5
+    shared = [
+        x.reshape(len(x), kv_heads, groups, *x.shape[2:]).sum(2)
+        for x in (ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ slope)
+    ]
+    return [x.swapaxes(1, 2) for x in (p @ v, ds @ k, *shared)]
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype"), [(1, "float32"), (64, "float32"), (65, "float32"), (530, "float32"), (200, "bfloat16")]
+)
+def test_attention_and_its_gradient(length, dtype):
+    """against float64, in one block of queries and in several, in whole ones and ragged ones"""
+    rng = np.random.default_rng(length)
+    q, k, v, slope = (jnp.asarray(rng.standard_normal((2, length, heads, 8)), dtype) for heads in (4, 2, 2, 4))
+    segments = np.sort(rng.integers(0, 3, (2, length)))[:, ::-1]
+    out, pull = jax.vjp(lambda *given: causal_attention(*given, jnp.asarray(segments)), q, k, v)
+    found = out, *pull(slope)
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    for ours, expected in zip(found, dense_attention(q, k, v, slope, segments), strict=True):
+        np.testing.assert_allclose(
+            ours, expected, rtol=0, atol=(3e-6 if dtype == "float32" else 2e-2) * max(1, np.abs(expected).max())
+        )
+
+
+def test_attention_keeps_nothing_of_the_size_of_its_scores():
+    q, k = jnp.zeros((1, 512, 4, 8)), jnp.zeros((1, 512, 2, 8))
+    _, pull = jax.vjp(causal_attention, q, k, k)
+    assert sum(x.size for x in jax.tree.leaves(pull)) < 512 * 4 * 8 * 6
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_right_padded(pair, name):
     theirs, folder = pair(name)
