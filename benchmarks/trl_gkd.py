@@ -85,6 +85,8 @@ def overrides(case: Case, out: Path, steps: int, **more: Any) -> list[str]:
         "student.config": "{}",
         "teacher.path": case.models / "teacher",
         "teacher.dtype": "float32",
+        "teacher.batches_per_call": 1,  # one of several rows fills a prefill
+        "teacher.lookahead": 1,  # few steps are counted: the teacher should not have done many of them before
         "distill.kd_ratio": 1.0,
         "train.steps": steps,
         "train.batch_size": case.rows,
