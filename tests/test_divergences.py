@@ -147,6 +147,8 @@ def compiled():
 
 # Equal logits, which a shift by 0 makes equal in their bits too.
 SIGNED_ZEROS, ONES_AND_A_ZERO = np.full((2, 16), -0.0, np.float32), np.ones((2, 16), np.float32)
+TINY = np.zeros((2, 16), np.float32)
+TINY[:, 3] = -1e-38
 SIGNED_ZEROS[1, [2, 3, 4, 6]], SIGNED_ZEROS[1, 5], ONES_AND_A_ZERO[1, 1] = 0.0, -1.0, 0.0
 blocks = hnp.arrays(np.float32, (2, 16), elements=st.floats(-12, 12, width=32))
 
@@ -154,12 +156,13 @@ blocks = hnp.arrays(np.float32, (2, 16), elements=st.floats(-12, 12, width=32))
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(blocks, blocks, hnp.arrays(bool, 16), st.floats(-40, 40, width=32))
 @hypothesis.example(SIGNED_ZEROS, ONES_AND_A_ZERO, np.zeros(16, bool), 0.0)
+@hypothesis.example(TINY, ONES_AND_A_ZERO, np.zeros(16, bool), 1.0)
 def test_properties(compiled, student, teacher, keep, shift):
     keep[3] = True
+    apart = np.round(student * 256) / 256  # or a shift would round to equal what hrl finds in order
     for name, run in compiled.items():
-        values = run(student, teacher)[0]
-        assert (values >= -2e-6).all(), name
-        assert np.allclose(run(student + shift, teacher)[0], values, atol=2e-4, rtol=1e-4), name
+        assert (run(student, teacher)[0] >= -2e-6).all(), name
+        assert np.allclose(run(apart + shift, teacher)[0], run(apart, teacher)[0], atol=2e-4, rtol=1e-4), name
         if name != "top1_ce":  # a cross-entropy: its least value is not 0
             zero, gradient, _ = run(teacher, teacher)
             assert np.abs(zero).max() < 2e-6 and np.abs(gradient).max() < 2e-6, name

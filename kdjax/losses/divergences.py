@@ -190,20 +190,27 @@ def _log_probs(student: AnyArray, teacher: AnyArray, temperature: Number, vocab:
 # KL(a ‖ b) of two logits. Its slopes are written out: b − a in the logits of b, with no further pass over a block.
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl(a: Array, b: Array, vocab: Vocab) -> Array:
-    return vocab.sum(_kl_terms(vocab.log_softmax(a), vocab.log_softmax(b)))
+    return _kl_and_parts(a, b, vocab)[0]
 
 
 @partial(_kl.defjvp, symbolic_zeros=True)
 def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    log_a, log_b = (vocab.log_softmax(x) for x in logits)
-    value = vocab.sum(_kl_terms(log_a, log_b))
+    value, a, b, gap = _kl_and_parts(*logits, vocab)
     da, db = tangents
     slope = jnp.zeros_like(value)
     if not isinstance(db, SymbolicZero):
-        slope += vocab.sum((jnp.exp(log_b) - jnp.exp(log_a)) * db)
+        slope += vocab.sum((b - a) * db)
     if not isinstance(da, SymbolicZero):
-        slope += vocab.sum(jnp.exp(log_a) * (log_a - log_b - lax.stop_gradient(value)[..., None]) * da)
+        slope += vocab.sum(a * (gap - lax.stop_gradient(value)[..., None]) * da)
     return value, slope
+
+
+def _kl_and_parts(a: Array, b: Array, vocab: Vocab) -> tuple[Array, Array, Array, Array]:
+    """KL(a ‖ b), both distributions, and log a − log b, for which no array of log-probabilities has to be written."""
+    (below_a, sum_a), (below_b, sum_b) = (vocab.normaliser(x) for x in (a, b))
+    a, b = jnp.exp(below_a - sum_a), jnp.exp(below_b - sum_b)
+    gap = (below_a - below_b) - (sum_a - sum_b)
+    return vocab.sum(a * gap - a + b), a, b, gap
 
 
 # Its slope in the logits of q is (1 − β) q (log q − log m − KL(q ‖ m)), that in those of p alike.

@@ -87,11 +87,21 @@ class Vocab:
         return self.sum(jnp.where(self.ids(x.shape[-1]) == ids[..., None], x, 0))
 
     def log_softmax(self, logits: Float[AnyArray, "*rows V"]) -> Float[Array, "*rows V"]:
-        return _log_softmax(logits, self.axis)
+        return _log_softmax(logits, self)
 
     def nll(self, logits: Float[AnyArray, "*rows V"], labels: Int[AnyArray, "*rows"]) -> Float[Array, "*rows"]:
         """−log softmax(logits)[label]."""
-        return _nll(logits, self.ids(logits.shape[-1]) == labels[..., None], self.axis)
+        return _nll(logits, labels, self)
+
+    def normaliser(self, logits: Float[AnyArray, "*rows V"]) -> tuple[Float[Array, "*rows V"], Float[Array, "*rows 1"]]:
+        """The logits below their row's largest, and the logarithm of the sum of their exponentials.
+
+        log softmax is the one less the other. For functions whose slope is written out.
+        """
+        top = logits.max(-1, keepdims=True)
+        below = logits - (top if self.axis is None else lax.pmax(top, self.axis))
+        exps = jnp.exp(below).sum(-1, keepdims=True)
+        return below, jnp.log(exps if self.axis is None else lax.psum(exps, self.axis))
 
     def by_rows(self, fn: Callable[..., Array], *blocks: Float[AnyArray, "rows V"]) -> Float[Array, " rows"]:
         """``fn`` of whole rows, for a function that knows nothing of a split axis.
@@ -123,7 +133,8 @@ def floored(logits: Float[AnyArray, "*rows V"]) -> Float[Array, "*rows V"]:
 
 @jax.custom_jvp
 def _floored(logits: AnyArray) -> Array:
-    return jnp.maximum(logits, MASKED)
+    # Not a maximum, for which XLA on a CPU first fills a block with the floor.
+    return lax.clamp(jnp.float32(MASKED), logits, jnp.float32(jnp.inf))
 
 
 _floored.defjvp(lambda logits, tangent: (_floored(*logits), *tangent))
@@ -136,37 +147,33 @@ def _total(x: Array, axis: str | None) -> Array:
     return linear_call(lambda _, x: lax.psum(x, axis), lambda _, slope: slope, (), x)
 
 
-def _normaliser(logits: AnyArray, axis: str | None) -> tuple[Array, Array]:
-    """The logits below their row's largest, and the logarithm of the sum of their exponentials [..., 1]."""
-    top = logits.max(-1, keepdims=True)
-    below = logits - (top if axis is None else lax.pmax(top, axis))
-    exps = jnp.exp(below).sum(-1, keepdims=True)
-    return below, jnp.log(exps if axis is None else lax.psum(exps, axis))
-
-
 # The slopes are written out to keep one array of the block's size, where automatic ones would keep three.
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_softmax(logits: AnyArray, axis: str | None) -> Array:
-    below, log_sum = _normaliser(logits, axis)
+def _log_softmax(logits: AnyArray, vocab: Vocab) -> Array:
+    below, log_sum = vocab.normaliser(logits)
     return below - log_sum
 
 
 @_log_softmax.defjvp
-def _log_softmax_slope(axis: str | None, logits: tuple[Array], tangent: tuple[Array]) -> tuple[Array, Array]:
-    log_p = _log_softmax(*logits, axis)
+def _log_softmax_slope(vocab: Vocab, logits: tuple[Array], tangent: tuple[Array]) -> tuple[Array, Array]:
+    log_p = _log_softmax(*logits, vocab)
     inner = (jnp.exp(log_p) * tangent[0]).sum(-1, keepdims=True)
-    return log_p, tangent[0] - (inner if axis is None else lax.psum(inner, axis))
+    return log_p, tangent[0] - (inner if vocab.axis is None else lax.psum(inner, vocab.axis))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _nll(logits: AnyArray, hot: AnyArray, axis: str | None) -> Array:
-    below, log_sum = _normaliser(logits, axis)
-    return log_sum[..., 0] - _total(jnp.where(hot, below, 0).sum(-1), axis)
+def _nll(logits: AnyArray, labels: AnyArray, vocab: Vocab) -> Array:
+    below, log_sum = vocab.normaliser(logits)
+    if vocab.axis is None and jax.default_backend() == "cpu":  # a pass over the block less
+        picked = jnp.take_along_axis(below, labels[..., None], axis=-1, mode="fill", fill_value=0)
+        return (log_sum - picked)[..., 0]
+    return log_sum[..., 0] - vocab.at(below, labels)
 
 
 @_nll.defjvp
-def _nll_slope(axis: str | None, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    logits, hot = primals
-    below, log_sum = _normaliser(logits, axis)
+def _nll_slope(vocab: Vocab, primals: tuple[AnyArray, AnyArray], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    logits, labels = primals
+    below, log_sum = vocab.normaliser(logits)
+    hot = vocab.ids(logits.shape[-1]) == labels[..., None]
     slope = (jnp.exp(below - log_sum) - hot) * tangents[0]
-    return _nll(logits, hot, axis), _total(slope.sum(-1), axis)
+    return _nll(logits, labels, vocab), vocab.sum(slope)
