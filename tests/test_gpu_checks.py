@@ -188,10 +188,24 @@ def test_what_a_case_on_a_gpu_finds_in_its_environment(monkeypatch, tmp_path):
 
 def test_a_step_that_the_gpu_cannot_hold_is_left_out(monkeypatch):
     jobs = [(section, case) for section, case, _ in gpu.JOBS if section == "step"]
-    for memory, left_out in (("81559 MiB", {"4B, 2 rows", "4B, 1 rows", "1.7B, 8 rows"}), ("143771 MiB", set())):
+    for memory, left_out in (
+        ("81559 MiB", {"4B, 4 rows", "4B, 2 rows", "4B, 1 rows", "1.7B, 8 rows"}),
+        ("143771 MiB", set()),
+    ):
         monkeypatch.setattr(gpu, "gpus", lambda memory=memory: [f"NVIDIA, 580.1, {memory}, 1980 MHz, 2619 MHz"])
-        lacking = {case.rpartition(",")[0] for section, case in jobs if gpu._lacking(section, case)}
+        lacking = {case.partition(", remat")[0] for section, case in jobs if gpu._lacking(section, case)}
         assert lacking == left_out
+
+
+@pytest.mark.parametrize(
+    ("case", "scanned"), [("0.6B, 2 rows, remat dots", True), ("0.6B, 2 rows, remat dots, unrolled", False)]
+)
+def test_layers_of_a_step_that_is_unrolled_are_compiled_apart(monkeypatch, tmp_path, case, scanned):
+    made = []
+    monkeypatch.setattr(step, "make_student", lambda settings, mesh: made.append(settings.student) or pytest.fail())
+    with pytest.raises(pytest.fail.Exception):
+        step.measure(case, True, tmp_path)
+    assert [(student.scan_layers, student.remat) for student in made] == [(scanned, "dots")]
 
 
 def test_a_case_without_time_is_left_out_and_no_failure(monkeypatch, tmp_path):

@@ -53,6 +53,8 @@ JOBS: tuple[tuple[str, str | None, int], ...] = (
     ("sync", None, 120),
     ("runs", "colocated", 180),
     ("step", "1.7B, 8 rows, remat dots", 120),
+    ("step", "4B, 4 rows, remat dots", 120),
+    ("step", "1.7B, 8 rows, remat dots, unrolled", 240),
     ("step", "1.7B, 4 rows, remat none", 100),
     ("step", "4B, 1 rows, remat none", 100),
     ("sharing", "parameters", 60),

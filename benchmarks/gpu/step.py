@@ -2,7 +2,7 @@
 
 Float32 masters and moments, bfloat16 compute, rows of 4,096 tokens that are one document each, as every recipe has it.
 A case has a process of its own, so what another has left behind, or failed for, is none of its memory. The case
-``attention`` holds cuDNN's kernel, which all others run with, against XLA's.
+``attention`` holds cuDNN's kernel, which all others run with, against XLA's; ``unrolled`` compiles every layer apart.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ OF_USUAL = 1.5  # times the distance of XLA's own hidden rows in bfloat16 from t
 def measure(case: str, toy: bool, folder: Path) -> dict[str, Any]:
     if case == "attention":
         return kernels(toy)
-    size, count, remat = case.split(", ")
+    size, count, remat, *rest = case.split(", ")
     rows, remat = int(count.removesuffix(" rows")), remat.removeprefix("remat ")
     length, teacher_width = (128, 96) if toy else (4096, 4096)
-    step = make(size, remat, toy, teacher_width)
+    step = make(size, remat, toy, teacher_width, scan="unrolled" not in rest)
     batch = to_device(full_batch(rows, length, teacher_width), step.mesh)
 
     def run() -> None:
@@ -109,13 +109,15 @@ def kernels(toy: bool) -> dict[str, Any]:
     }
 
 
-def make(size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[str, ...] = ()) -> Step:
+def make(
+    size: str, remat: str, toy: bool, teacher_width: int, offload: tuple[str, ...] = (), scan: bool = True
+) -> Step:
     """The step of a run with a teacher of this width, on one device, as ``kdjax.train`` builds it."""
     config = shape(size, toy)
     student = {"init": "random", "config": config, "dtype": "bfloat16", "param_dtype": "float32", "remat": remat}
     settings = from_dict(
         {
-            "student": student | {"attention": "xla" if toy else "cudnn"},
+            "student": student | {"attention": "xla" if toy else "cudnn", "scan_layers": scan},
             "data": {"train": [{"path": "none"}], "tokenizer": "none", "packing": False},
             "distill": {"kd_ratio": 0.5},
         }

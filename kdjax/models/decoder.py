@@ -99,7 +99,7 @@ class Linear(nnx.Module):
         weight = self.weight[...].astype(x.dtype)
         n = self.contracted
         # One dimension of rows: with two, XLA fuses what makes a gradient into the copy that turns it for the weight's
-        # product, and on a CPU an MLP's gradient then takes three times as long.
+        # product, and on two CPU cores an MLP with its gradient then takes nearly three times as long.
         rows = x.reshape(-1, *x.shape[x.ndim - n :])
         last = tuple(range(1, 1 + n)), tuple(range(weight.ndim - n, weight.ndim))
         y = jax.lax.dot_general(rows, weight, (last, ((), ()))).reshape(*x.shape[: x.ndim - n], *weight.shape[:-n])
