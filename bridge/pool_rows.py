@@ -31,7 +31,7 @@ class PoolRows:
             rows = torch.frombuffer(memory, dtype=dtype, count=spec.rows * spec.width).view(spec.rows, spec.width)
             if rank == 0:
                 self._copies = [
-                    (part, 0, partial(rows.narrow, 0, part * spec.part_rows, spec.part_rows))
+                    (part, 0, cache(partial(rows.narrow, 0, part * spec.part_rows, spec.part_rows)))
                     for part in range(spec.parts)
                 ]
         for block, number in assigned(spec.blocks, rank, ranks):
