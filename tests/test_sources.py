@@ -85,6 +85,34 @@ def test_the_teacher_is_ahead_of_the_student_by_what_is_asked(run_values, local_
         batch.release_after(jnp.zeros(()))
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_without_lookahead_the_teacher_waits_for_the_step(run_values, local_engines, tmp_path, lookahead):
+    """A step runs on while the loop asks for the next batch, and turns are turns."""
+    run_values["teacher"]["lookahead"] = lookahead
+    with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
+        (engine,) = local_engines
+        step = Running(lambda: engine.calls.count("prefill"))
+        next(stream).release_after(step)
+        next(stream).release_after(jnp.zeros(()))
+        assert step.seen == ([1] if lookahead == 0 else [])
+
+
+class Running:
+    """What a step puts out: notes what ``look`` says whenever it is waited for."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def block_until_ready(self):
+        self.seen.append(self.look())
+
+    def is_ready(self):
+        return bool(self.seen)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(0.0)
+
+
 def test_batches_of_one_call_are_those_of_calls_of_their_own(run_values, local_engines, tmp_path):
     """Three at a time, of five: the same rows, a call for three and one for the rest, and then the data ends."""
 

@@ -264,8 +264,8 @@ class Stream:
             )
 
     def _look_back(self) -> None:
-        """See what the last step found of its responses, and where devices are shared wait until it is done."""
-        if self.config.colocate:
+        """See what the last step found of its responses, and where teacher and student take turns wait for its end."""
+        if self._lookahead == 0:  # a step is only dispatched when its batch is followed by the next
             self.engine.wait_released()
         if self._taken is not None:
             log_ratio = self._taken.by_row.get(LOG_RATIO)
