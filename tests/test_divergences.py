@@ -159,10 +159,11 @@ blocks = hnp.arrays(np.float32, (2, 16), elements=st.floats(-12, 12, width=32))
 @hypothesis.example(TINY, ONES_AND_A_ZERO, np.zeros(16, bool), 1.0)
 def test_properties(compiled, student, teacher, keep, shift):
     keep[3] = True
-    apart = np.round(student * 256) / 256  # or a shift would round to equal what hrl finds in order
     for name, run in compiled.items():
         assert (run(student, teacher)[0] >= -2e-6).all(), name
-        assert np.allclose(run(apart + shift, teacher)[0], run(apart, teacher)[0], atol=2e-4, rtol=1e-4), name
+        # hrl compares ranks, and a shift would round to equal what lies closer than its last bit.
+        moved = np.round(student * 256) / 256 if name == "hrl" else student
+        assert np.allclose(run(moved + shift, teacher)[0], run(moved, teacher)[0], atol=2e-4, rtol=1e-4), name
         if name != "top1_ce":  # a cross-entropy: its least value is not 0
             zero, gradient, _ = run(teacher, teacher)
             assert np.abs(zero).max() < 2e-6 and np.abs(gradient).max() < 2e-6, name

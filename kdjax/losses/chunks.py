@@ -136,9 +136,10 @@ class _Sizes(NamedTuple):
 
 
 def _where_rows_count(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """``step`` of a scan that does nothing for rows of which none carries loss, as the last of a padded batch.
+    """``step`` of the scan over groups, doing nothing for rows of which none carries loss, as the last of a batch.
 
-    For a CPU, where this costs nothing; a GPU would wait for the host to look.
+    Its sums stay, and its rows' gradients and values are zeros. For a CPU, where to look costs nothing; on a GPU a
+    branch waits for the host.
     """
 
     def nothing(carry, rows_here):

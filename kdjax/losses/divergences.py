@@ -206,7 +206,10 @@ def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, An
 
 
 def _kl_and_parts(a: Array, b: Array, vocab: Vocab) -> tuple[Array, Array, Array, Array]:
-    """KL(a ‖ b), both distributions, and log a − log b, for which no array of log-probabilities has to be written."""
+    """KL(a ‖ b) [...], both distributions, and log a − log b [..., V].
+
+    That is made of what lies below each row's largest, so that no array of log-probabilities has to be written.
+    """
     (below_a, sum_a), (below_b, sum_b) = (vocab.normaliser(x) for x in (a, b))
     a, b = jnp.exp(below_a - sum_a), jnp.exp(below_b - sum_b)
     gap = (below_a - below_b) - (sum_a - sum_b)

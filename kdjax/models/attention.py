@@ -41,11 +41,14 @@ def causal_attention(
 
 @jax.custom_vjp
 def _blocked(q: Array, k: Array, v: Array, segment_ids: AnyArray | None) -> Array:
+    """``causal_attention`` by plain operations. Inside, T queries of a block stand as [B, K, G, T, head_dim], their
+    G = H / K heads by the key's head that they share, and keys as [B, K, S, head_dim]."""
     return _forward(q, k, v, segment_ids)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, segment_ids: AnyArray | None) -> tuple[Array, Any]:
-    """The outputs, and what the gradient needs: they, the arguments, and the normalisers [B, K, G, S]."""
+    """The outputs [B, S, H, head_dim], and what the gradient needs: they, the arguments, and the logarithm of each
+    query's sum of exponentials, float32 [B, K, G, S]."""
     queries, keys, values = _grouped(q, k), *_heads_first(k, v)
     outputs, normalisers = [], []
     for start, stop in _spans(q.shape[1]):
@@ -62,6 +65,7 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: AnyArray | None) -> tupl
 
 
 def _backward(saved: Any, slope: Array) -> tuple[Array, Array, Array, None]:
+    """The gradients of q, k and v from that of the outputs, each in the dtype of its own."""
     q, k, v, segment_ids, out, normalisers = saved
     length, scale = q.shape[1], q.shape[-1] ** -0.5
     queries, keys, values, slopes = _grouped(q, k), *_heads_first(k, v), _grouped(slope, k)
@@ -87,6 +91,7 @@ _blocked.defvjp(_forward, _backward)
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
+    """Where blocks of queries start and stop."""
     block = max(BLOCK, -(-length // MOST_BLOCKS))
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 

@@ -265,7 +265,7 @@ class Stream:
 
     def _look_back(self) -> None:
         """See what the last step found of its responses, and where teacher and student take turns wait for its end."""
-        if self._lookahead == 0:  # a step is only dispatched when its batch is followed by the next
+        if self._lookahead == 0:  # the step was dispatched, and may still run when the next batch is asked for
             self.engine.wait_released()
         if self._taken is not None:
             log_ratio = self._taken.by_row.get(LOG_RATIO)
