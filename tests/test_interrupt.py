@@ -241,7 +241,8 @@ def hanging(hangs, **more):
     stream.data = stream._rollouts = RolloutStream.__new__(RolloutStream)
     stream.turns, stream._waits = Turns(), Waits()
     stream._rollouts.engines = SimpleNamespace(follow=does["follow"], kill=killed.set)
-    stream.config = SimpleNamespace(colocate=False, train=SimpleNamespace(**more))
+    rollouts = dict(distill=SimpleNamespace(on_policy_fraction=1.0), rollout=SimpleNamespace(max_staleness=0))
+    stream.config = SimpleNamespace(colocate=False, train=SimpleNamespace(**more), **rollouts)
     stream.engine = stream.self_teacher = stream._taken = stream._step = None
     stream._begun, stream.steps = True, None
     stream._worker, stream._sender = Ahead(does["produce"], 0), Ahead(stream._send, 0)
