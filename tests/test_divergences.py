@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import kdjax.losses as losses
+from kdjax import backend
 from kdjax.errors import UserError
+from kdjax.losses.vocab import WHOLE
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -71,6 +73,44 @@ def test_values_and_gradients(name, size):
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == jnp.float32
         assert reference.relative(a, b) < 1e-5 if np.any(b) else not np.any(a)
+
+
+@pytest.mark.parametrize(("name", "size"), [*((name, 53) for name in reference.DIVERGENCES), ("jsd", 5_000)])
+def test_one_pass_over_logits_as_on_a_gpu(name, size, monkeypatch):
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    test_values_and_gradients(name, size)
+    if size == 53:
+        test_masked_ids_are_out_of_values_and_gradients(name)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_normaliser_at_any_size_of_the_logits(on_cpu, monkeypatch):
+    """Shifted far up or down, far apart, equal, or all but one left out: logarithms of sums are those of float64."""
+    monkeypatch.setattr(backend, "on_cpu", lambda: on_cpu)
+    rows = logits(1000, rows=2)[0]
+    rows = np.stack([*rows, rows[0] * 1e4, rows[0] + 3e4, rows[0] - 3e4, np.zeros(1000), np.full(1000, -1e30)])
+    rows[-1, 7] = 2.0
+    below, log_sum = jax.jit(lambda x: WHOLE.normaliser(x))(rows.astype(np.float32))
+    exact = rows.astype(np.float32).astype(np.float64)
+    wanted = exact - exact.max(-1, keepdims=True)
+    np.testing.assert_allclose(below, wanted, rtol=1e-6)
+    # A CPU adds up what is merged one by one, and rounds each time.
+    np.testing.assert_allclose(log_sum, np.log(np.exp(wanted).sum(-1, keepdims=True)), rtol=1e-6 if on_cpu else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "jsd", "ce"])
+def test_curvature_as_on_a_gpu(name, monkeypatch):
+    """Second derivatives too are those that the CPU's passes have."""
+    student, teacher = logits(53)
+    other = np.array([0, 52, 17]) if name == "ce" else teacher
+
+    def curved(student):
+        slope = jax.grad(lambda z: losses.divergence(name, z, other).sum())
+        return jax.grad(lambda z: (slope(z) * teacher).sum())(student)
+
+    wanted = curved(student)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    assert np.any(wanted) and reference.relative(curved(student), wanted) < 1e-5
 
 
 def test_cross_entropy():

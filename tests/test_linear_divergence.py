@@ -8,6 +8,7 @@ import loss_reference as reference
 import numpy as np
 import pytest
 
+from kdjax import backend
 from kdjax.errors import UserError
 from kdjax.losses import Head, chunks, linear_divergence, linear_objective, linear_statistics
 
@@ -110,14 +111,14 @@ def test_middle_vocabulary(name):
 @pytest.mark.parametrize(("name", "layout", "rows"), [("kl", "dv", 22), ("jsd", "vd", 9), ("user", "vd", 3)])
 def test_groups_of_chunks_as_on_a_gpu(name, layout, rows, monkeypatch):
     """Two chunks of 5 rows go into one product: ragged groups, one group of two chunks, and one of one."""
-    monkeypatch.setattr(chunks, "_on_cpu", lambda: False)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
     monkeypatch.setattr(chunks, "_group_chunks", lambda chunk, hidden: 2)
     check_divergence(Case(rows, 59, 71, layout=layout), name, 1.3, chunk_rows=5, soft_cap=6.0)
 
 
 def test_a_bfloat16_head_has_its_gradient_rounded_once(monkeypatch):
     """Where one product makes it, it is made in bfloat16; its sums are float32's all the same."""
-    monkeypatch.setattr(chunks, "_on_cpu", lambda: False)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
     case = Case(300, 53)
     arrays = case.student_hidden, case.weight, case.teacher_hidden, case.teacher_weight
     half = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays)

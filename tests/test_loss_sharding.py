@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from kdjax import backend
 from kdjax.losses import Head, linear_objective, linear_statistics
 from kdjax.sharding import make_mesh
 
@@ -86,6 +87,14 @@ def test_kl_on_every_kind_of_mesh(alone, shape):
 def test_every_divergence_on_a_mixed_mesh(alone, name):
     case = name, 61, 53
     assert_same(value_and_slopes(*case, make_mesh(2, 2, 2)), alone(*case))
+
+
+@pytest.mark.parametrize("name", ["kl", "jsd"])
+def test_one_pass_over_logits_as_on_a_gpu(alone, name, monkeypatch):
+    case = name, 53, 61
+    wanted = alone(*case)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    assert_same(value_and_slopes(*case, make_mesh(2, 1, 4)), wanted)  # a mesh of no other test: it is traced anew
 
 
 def test_ties_at_the_border_of_two_parts_of_the_vocabulary():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax import backend
 from kdjax.losses import Head, chunks, find_divergence, linear_rows
 from kdjax.losses.rollouts import OVERLAP, DivergenceOnRollouts, PolicyGradient, Sampled
 
@@ -97,7 +98,7 @@ def test_values_and_gradients_are_those_of_float64(signal, temperature, clip, kd
 def test_by_row_as_on_a_gpu(monkeypatch):
     """Two chunks a group: values keep their rows' order over groups, chunks and blocks."""
     expected = evaluate(PolicyGradient("k3", 0.7, Sampled(1.2, 2.0)), rows(), chunk_rows=23)
-    monkeypatch.setattr(chunks, "_on_cpu", lambda: False)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
     monkeypatch.setattr(chunks, "_group_chunks", lambda chunk, hidden: 2)
     monkeypatch.setattr(chunks, "_block_rows", lambda columns: 2)
     found = evaluate(PolicyGradient("k3", 0.7, Sampled(1.2, 2.0)), rows(), chunk_rows=5)

@@ -25,6 +25,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import PyTree, Shaped
 
+from kdjax import backend
 from kdjax.arrays import AnyArray
 from kdjax.head import Head, product
 from kdjax.losses.vocab import MASKED, Vocab
@@ -98,7 +99,7 @@ def sums_and_gradients(
     xs = jax.tree.map(lambda x: _parts(resize(x, 0, sizes.rows), sizes.groups), xs)
     nothing = jax.tree.map(lambda yes, x: jnp.zeros(x.shape, jnp.float32), asked, _where(asked, sides))
     start = jnp.zeros(terms, jnp.float32), None if sizes.groups == 1 else _only_heads((nothing,) * totals)
-    if _on_cpu() and sizes.groups > 1:
+    if backend.on_cpu() and sizes.groups > 1:
         step = _where_rows_count(step)
     (sums, heads), (hidden, values) = _scan(step, start, xs)
     hidden = jax.tree.map(lambda x: x.reshape(sizes.rows, -1)[:rows], hidden)
@@ -188,7 +189,7 @@ def _by_chunks(plan: Plan, vocab: Vocab, sides: tuple[Side, ...], fixed: Fixed, 
         raws = tuple(
             product(h, side.weight, head.layout) for h, side, head in zip(hidden, sides, plan.heads, strict=True)
         )
-        if not _on_cpu():  # or XLA takes the first function of the logits for the product's own, and writes both
+        if not backend.on_cpu():  # or XLA takes the first function of the logits for the product's own, and writes both
             raws = lax.optimization_barrier(raws)
         biases = tuple(side.bias for side in sides)
         fixed_here = fixed._replace(known=known, mask=mask)
@@ -285,7 +286,7 @@ def _add_outer(total: jax.Array, hidden: jax.Array, slope: jax.Array, layout: st
     added in its place costs a copy of the whole, the product adds to the total by itself.
     """
     axis, columns = layout.index("v"), slope.shape[1]
-    width = -(-columns // -(-total.size // SLICE)) if _on_cpu() else columns
+    width = -(-columns // -(-total.size // SLICE)) if backend.on_cpu() else columns
     for start in range(0, columns, width):
         end = min(start + width, columns)
         part = _product(f"nd,nv->{layout}", hidden, lax.slice_in_dim(slope, start, end, axis=1))
@@ -321,10 +322,6 @@ def _real(logits: jax.Array, size: int, vocab: Vocab) -> jax.Array:
     return logits if vocab.size(columns) == size else jnp.where(vocab.ids(columns) < size, logits, MASKED)
 
 
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
 def _chunk_rows(columns: int, width: int) -> int:
     """Rows of a chunk: enough to outweigh reading a head, and no more.
 
@@ -332,7 +329,7 @@ def _chunk_rows(columns: int, width: int) -> int:
     which keep temporary memory at V = 151,936 under an eighth of whole logits' at 4,096 rows. Below a million logits
     the work for a chunk itself would show. Elsewhere logits of 256 MiB, in rows that fill a product's tiles.
     """
-    if _on_cpu():
+    if backend.on_cpu():
         return max(min(max(width, 256), 832), 2**20 // columns)
     return 256 * max(1, round(2**26 / columns / 256))
 
@@ -341,12 +338,12 @@ def _group_chunks(chunk: int, hidden: jax.Array) -> int:
     """Chunks of a group: one on a CPU; elsewhere as many as have slopes of the size of the head's float32 gradient, or
     4,096 rows, whose products outweigh adding to it."""
     rows = max(hidden.shape[1] * 4 // hidden.dtype.itemsize, 4096)
-    return 1 if _on_cpu() else max(1, rows // chunk)
+    return 1 if backend.on_cpu() else max(1, rows // chunk)
 
 
 def _block_rows(columns: int) -> int:
     """Rows of a block of about 2 MB on a CPU, the cache of a core, and 512 MB elsewhere."""
-    return max(1, (2**19 if _on_cpu() else 2**27) // columns)
+    return max(1, (2**19 if backend.on_cpu() else 2**27) // columns)
 
 
 def _where(asked: tuple[Side, ...], sides: tuple[Side, ...]) -> tuple[Side, ...]:

@@ -24,12 +24,14 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.arrays import AnyArray, Number
+from kdjax.backend import again
 from kdjax.errors import UserError
 from kdjax.losses.registry import register_divergence
 from kdjax.losses.vocab import WHOLE, Vocab, floored
 
 Logits = Float[AnyArray, "*rows V"]
 Values = Float[Array, "*rows"]
+Normalised = tuple[Float[Array, "*rows V"], Float[Array, "*rows 1"]]
 
 
 @register_divergence("kl", split_vocab=True)
@@ -190,12 +192,15 @@ def _log_probs(student: AnyArray, teacher: AnyArray, temperature: Number, vocab:
 # KL(a ‖ b) of two logits. Its slopes are written out: b − a in the logits of b, with no further pass over a block.
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl(a: Array, b: Array, vocab: Vocab) -> Array:
-    return _kl_and_parts(a, b, vocab)[0]
+    return vocab.sum(_gap_terms(*_probs_and_gap(vocab.normaliser(a), vocab.normaliser(b))))
 
 
 @partial(_kl.defjvp, symbolic_zeros=True)
 def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    value, a, b, gap = _kl_and_parts(*logits, vocab)
+    (below_a, sum_a), (below_b, sum_b) = (vocab.normaliser(x) for x in logits)
+    value = vocab.sum(_gap_terms(*_probs_and_gap((below_a, sum_a), (below_b, sum_b))))
+    sum_a, sum_b = again(sum_a, sum_b)
+    a, b, gap = _probs_and_gap((below_a, sum_a), (below_b, sum_b))
     da, db = tangents
     slope = jnp.zeros_like(value)
     if not isinstance(db, SymbolicZero):
@@ -205,41 +210,62 @@ def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, An
     return value, slope
 
 
-def _kl_and_parts(a: Array, b: Array, vocab: Vocab) -> tuple[Array, Array, Array, Array]:
-    """KL(a ‖ b) [...], both distributions, and log a − log b [..., V].
+def _probs_and_gap(a: Normalised, b: Normalised) -> tuple[Array, Array, Array]:
+    """Both distributions and log a − log b, each [..., V], of what ``Vocab.normaliser`` says of either's logits.
 
-    That is made of what lies below each row's largest, so that no array of log-probabilities has to be written.
+    Made of what lies below each row's largest, so that no array of log-probabilities has to be written.
     """
-    (below_a, sum_a), (below_b, sum_b) = (vocab.normaliser(x) for x in (a, b))
-    a, b = jnp.exp(below_a - sum_a), jnp.exp(below_b - sum_b)
+    (below_a, sum_a), (below_b, sum_b) = a, b
     gap = (below_a - below_b) - (sum_a - sum_b)
-    return vocab.sum(a * gap - a + b), a, b, gap
+    return jnp.exp(below_a - sum_a), jnp.exp(below_b - sum_b), gap
+
+
+def _gap_terms(a: Array, b: Array, gap: Array) -> Array:
+    return a * gap - a + b
 
 
 # Its slope in the logits of q is (1 − β) q (log q − log m − KL(q ‖ m)), that in those of p alike.
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _jsd(student: Array, teacher: Array, beta: Number, vocab: Vocab) -> Array:
-    return vocab.sum(_jsd_terms(beta, vocab.log_softmax(teacher), vocab.log_softmax(student)))
+    return _jsd_and_gaps(vocab.normaliser(student), vocab.normaliser(teacher), beta, vocab)[0]
 
 
 @partial(_jsd.defjvp, symbolic_zeros=True)
 def _jsd_slope(vocab: Vocab, primals: tuple[Array, Array, Number], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     *logits, beta = primals
-    log_q, log_p = (vocab.log_softmax(x) for x in logits)
-    log_m = _log_mixture(beta, log_p, log_q)
-    value = vocab.sum(_jsd_terms(beta, log_p, log_q))
+    q, p = (vocab.normaliser(x) for x in logits)
+    value, gaps, (q, p) = _jsd_and_gaps(q, p, beta, vocab)
     slope = jnp.zeros_like(value)
-    for share, log_x, tangent in ((1 - beta, log_q, tangents[0]), (beta, log_p, tangents[1])):
+    for share, one, other, gap, tangent in zip((1 - beta, beta), (q, p), (p, q), gaps, tangents, strict=False):
         if not isinstance(tangent, SymbolicZero):
-            own = vocab.sum(_kl_terms(log_x, log_m))[..., None]
-            slope += vocab.sum(share * jnp.exp(log_x) * (log_x - log_m - lax.stop_gradient(own)) * tangent)
+            x, log_x, _, log_m = _mixed(share, one, other)
+            slope += vocab.sum(share * x * (log_x - log_m - lax.stop_gradient(gap)[..., None]) * tangent)
     return value, slope
 
 
-def _jsd_terms(beta: Number, log_p: Array, log_q: Array) -> Array:
-    # The linear parts of the two sums cancel id by id, as m is their mixture.
-    log_m = _log_mixture(beta, log_p, log_q)
-    return beta * jnp.exp(log_p) * (log_p - log_m) + (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
+def _jsd_and_gaps(
+    q: Normalised, p: Normalised, beta: Number, vocab: Vocab
+) -> tuple[Array, tuple[Array, Array], tuple[Normalised, Normalised]]:
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) [...]; of these KL(q ‖ m) and KL(p ‖ m); and q and p again."""
+    terms = []
+    for share, one, other in ((1 - beta, q, p), (beta, p := _again(p), q := _again(q))):
+        x, log_x, m, log_m = _mixed(share, one, other)
+        terms.append(x * (log_x - log_m) - x + m)
+    to_q, to_p = vocab.sums(*terms)
+    return beta * to_p + (1 - beta) * to_q, (to_q, to_p), (_again(q), _again(p))
+
+
+def _mixed(share: Number, one: Normalised, other: Normalised) -> tuple[Array, Array, Array, Array]:
+    """The first distribution and its logarithm, then m = share · one + (1 − share) · other and its, each [..., V]."""
+    log_x, log_y = (below - log_sum for below, log_sum in (one, other))
+    x = jnp.exp(log_x)
+    m = share * x + (1 - share) * jnp.exp(log_y)
+    return x, log_x, m, _log(m)
+
+
+def _again(x: Normalised) -> Normalised:
+    below, log_sum = x
+    return below, *again(log_sum)
 
 
 def _kl_terms(log_a: Array, log_b: Array) -> Array:
@@ -248,8 +274,12 @@ def _kl_terms(log_a: Array, log_b: Array) -> Array:
 
 
 def _log_mixture(share: Number, log_a: Array, log_b: Array) -> Array:
-    """log(share · a + (1 − share) · b); where both vanish some finite number, which is only ever multiplied by 0."""
-    mixture = share * jnp.exp(log_a) + (1 - share) * jnp.exp(log_b)
+    """log(share · a + (1 − share) · b)"""
+    return _log(share * jnp.exp(log_a) + (1 - share) * jnp.exp(log_b))
+
+
+def _log(mixture: Array) -> Array:
+    """Its logarithm; of 0 some finite number, which is only ever multiplied by 0."""
     return jnp.log(jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny))
 
 

@@ -21,6 +21,7 @@ from jax import lax
 from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Bool, Float, Int
 
+from kdjax import backend
 from kdjax.arrays import AnyArray
 
 MASKED = -1e30
@@ -50,6 +51,10 @@ class Vocab:
 
     def sum(self, x: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
         return _total(x.sum(-1), self.axis)
+
+    def sums(self, *arrays: Float[Array, "*rows V"]) -> tuple[Float[Array, "*rows"], ...]:
+        """``sum`` of several arrays in one pass over what they are made of."""
+        return tuple(_total(x, self.axis) for x in _sums(*arrays))
 
     def argmax(self, x: Float[AnyArray, "*rows V"]) -> Int[Array, "*rows"]:
         """The id of the largest entry, the lowest of equal ones."""
@@ -98,10 +103,16 @@ class Vocab:
 
         log softmax is the one less the other. For functions whose slope is written out.
         """
-        top = logits.max(-1, keepdims=True)
-        below = logits - (top if self.axis is None else lax.pmax(top, self.axis))
-        exps = jnp.exp(below).sum(-1, keepdims=True)
-        return below, jnp.log(exps if self.axis is None else lax.psum(exps, self.axis))
+        if backend.on_cpu():
+            top = logits.max(-1, keepdims=True)
+            below = logits - (top if self.axis is None else lax.pmax(top, self.axis))
+            exps = jnp.exp(below).sum(-1, keepdims=True)
+            return below, jnp.log(exps if self.axis is None else lax.psum(exps, self.axis))
+        top, exps = _largest_and_sum(logits)
+        if self.axis is not None:
+            own, top = top, lax.pmax(top, self.axis)
+            exps = lax.psum(exps * jnp.exp(own - top), self.axis)
+        return logits - top, jnp.log(exps)
 
     def by_rows(self, fn: Callable[..., Array], *blocks: Float[AnyArray, "rows V"]) -> Float[Array, " rows"]:
         """``fn`` of whole rows, for a function that knows nothing of a split axis.
@@ -147,6 +158,49 @@ def _total(x: Array, axis: str | None) -> Array:
     return linear_call(lambda _, x: lax.psum(x, axis), lambda _, slope: slope, (), x)
 
 
+@jax.custom_jvp
+def _sums(*arrays: Array) -> tuple[Array, ...]:
+    """Each summed over its last axis. As one reduction where memory is what a pass costs: XLA would write what several
+    have in common, and read it for each."""
+    if backend.on_cpu():
+        return tuple(x.sum(-1) for x in arrays)
+
+    def added(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(a + b for a, b in zip(one, other, strict=True))
+
+    return tuple(lax.reduce(arrays, (jnp.float32(0),) * len(arrays), added, (arrays[0].ndim - 1,)))
+
+
+_sums.defjvp(lambda arrays, tangents: (_sums(*arrays), tuple(x.sum(-1) for x in tangents)))
+
+
+@jax.custom_jvp
+def _largest_and_sum(x: AnyArray) -> tuple[Array, Array]:
+    """The largest entry of each row, and the sum of the exponentials of what lies below it, both [..., 1].
+
+    In one pass (1805.02867): where memory is what a pass costs, half of what a maximum and then a sum take.
+    """
+
+    def merged(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        (top, exps), (other_top, other_exps) = one, other
+        scale = jnp.exp(-jnp.abs(top - other_top))
+        return jnp.maximum(top, other_top), jnp.where(
+            top >= other_top, exps + other_exps * scale, exps * scale + other_exps
+        )
+
+    nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+    top, exps = lax.reduce((x, jnp.ones_like(x)), nothing, merged, (x.ndim - 1,))
+    return top[..., None], exps[..., None]
+
+
+@_largest_and_sum.defjvp
+def _largest_and_sum_slope(primals: tuple[AnyArray], tangents: tuple[Array]) -> tuple[Any, Any]:
+    # The largest is a mere shift: what is made of the two does not depend on it, and so it carries no gradient.
+    top, exps = _largest_and_sum(*primals)
+    slope = (jnp.exp(primals[0] - top) * tangents[0]).sum(-1, keepdims=True)
+    return (top, exps), (jnp.zeros_like(top), slope)
+
+
 # The slopes are written out to keep one array of the block's size, where automatic ones would keep three.
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _log_softmax(logits: AnyArray, vocab: Vocab) -> Array:
@@ -164,7 +218,7 @@ def _log_softmax_slope(vocab: Vocab, logits: tuple[Array], tangent: tuple[Array]
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _nll(logits: AnyArray, labels: AnyArray, vocab: Vocab) -> Array:
     below, log_sum = vocab.normaliser(logits)
-    if vocab.axis is None and jax.default_backend() == "cpu":  # a pass over the block less
+    if vocab.axis is None and backend.on_cpu():  # a pass over the block less
         picked = jnp.take_along_axis(below, labels[..., None], axis=-1, mode="fill", fill_value=0)
         return (log_sum - picked)[..., 0]
     return log_sum[..., 0] - vocab.at(below, labels)

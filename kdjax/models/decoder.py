@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kdjax.arrays import AnyArray
+from kdjax.backend import again
 from kdjax.errors import UserError
 from kdjax.head import Head
 from kdjax.models.attention import IMPLEMENTATIONS, causal_attention
@@ -107,15 +108,22 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last dimension (1910.07467), reduced in float32."""
+    """Root-mean-square norm over the last dimension (1910.07467), reduced in float32.
 
-    def __init__(self, stack: tuple[int, ...], size: int, *, eps: float, dtype: Any) -> None:
+    ``joins_next``: what follows works entry by entry and should take the rows as they are, and scale them itself; on a
+    GPU XLA would write them in float32 between the two.
+    """
+
+    def __init__(self, stack: tuple[int, ...], size: int, *, eps: float, dtype: Any, joins_next: bool = False) -> None:
         self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
-        self.eps = eps
+        self.eps, self.joins_next = eps, joins_next
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.joins_next:
+            (scale,) = again(scale)
+        wide = wide * scale
         return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -130,7 +138,7 @@ class Attention(nnx.Module):
         self.k = Linear(stack, (kv_heads, size), (width,), bias=config.qkv_bias, **same)
         self.v = Linear(stack, (kv_heads, size), (width,), bias=config.qkv_bias, **same)
         self.o = Linear(stack, (width,), (heads, size), bias=config.o_bias, **same)
-        norm = dict(eps=config.rms_norm_eps, dtype=compute.param_dtype)
+        norm = dict(eps=config.rms_norm_eps, dtype=compute.param_dtype, joins_next=True)
         self.q_norm = RMSNorm(stack, size, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(stack, size, **norm) if config.qk_norm else None
         self.compute = compute
