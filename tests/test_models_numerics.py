@@ -1,5 +1,7 @@
 """Are the decoders' logits and gradients those of transformers, padded, packed, in bfloat16 and under remat?"""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 from models_reference import FAMILIES, logits, reference, save
 from transformers import AutoModelForCausalLM
 
+from kdjax import backend
 from kdjax.errors import UserError
 from kdjax.models import hf_tensors, load_model
 from kdjax.models.attention import causal_attention
@@ -232,6 +235,31 @@ def test_bfloat16_over_float32_masters(pair):
     rough = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), TOKENS)
     error, theirs_error = np.abs(np.asarray(ours) - expected), np.abs(rough - expected)
     assert 0 < error.mean() < 1.5 * theirs_error.mean()  # as near to float32 as transformers' own bfloat16
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-tied"])  # with biases, and with norms of heads
+def test_projections_are_narrowed_once_before_the_loop(pair, name, monkeypatch):
+    """Where that saves traffic: nothing is cast in the loop, and gradients are those of casts in it but for a rounding
+    of each entry to bfloat16, which a GPU does either way."""
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
+    _, folder = pair(name)
+    graph, state = nnx.split(load_model(folder, dtype="bfloat16", param_dtype="float32", remat="dots"))
+
+    def loss(state):
+        return jnp.sum(nnx.merge(graph, state)(TOKENS).astype(jnp.float32) ** 2)
+
+    def traced_and_found():
+        jaxpr = jax.make_jaxpr(lambda s: loss(s))(state)
+        return str(next(e for e in jaxpr.eqns if e.primitive.name == "scan")), jax.jit(jax.grad(loss))(state)
+
+    once, found = traced_and_found()
+    monkeypatch.setattr(backend, "on_cpu", lambda: True)
+    each, wanted = traced_and_found()
+    weights = r"\w+:bf16\[\d+,\d+\] = convert_element_type"
+    assert re.search(weights, each) and not re.search(weights, once)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=2**-8)
 
 
 def test_rotary_angles_stay_float32(pair):

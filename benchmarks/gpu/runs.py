@@ -63,7 +63,7 @@ def in_turns(teacher: Path, toy: bool) -> Case:
 
 
 def colocated(teacher: Path, toy: bool) -> Case:
-    values, shapes, skip = given_answers(teacher, toy, *((3, 1, 1) if toy else (12, 3, 1)))
+    values, shapes, skip = given_answers(teacher, toy, *((3, 1, 1) if toy else (8, 2, 1)))
     return values | {"colocate": True, "train.offload": ["optimizer"]}, shapes, skip
 
 

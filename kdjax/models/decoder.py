@@ -17,8 +17,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from kdjax import backend
 from kdjax.arrays import AnyArray
-from kdjax.backend import again
 from kdjax.errors import UserError
 from kdjax.head import Head
 from kdjax.models.attention import IMPLEMENTATIONS, causal_attention
@@ -122,7 +122,7 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.joins_next:
-            (scale,) = again(scale)
+            (scale,) = backend.again(scale)
         wide = wide * scale
         return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -259,6 +259,7 @@ class Decoder(nnx.Module):
         cos, sin = angles(positions, self.config.rope, self.config.head_dim)
 
         graph, stacked = nnx.split(self.layers)
+        stacked = self._narrowed(stacked)
 
         def layer(x, weights):
             x = checkpoint_name(x, LAYER_INPUT)
@@ -273,6 +274,19 @@ class Decoder(nnx.Module):
             return hidden
         chosen = (i % (depth + 1) for i in hidden_layers)
         return hidden, tuple(x if i == 0 else states[i - 1] for i in chosen)
+
+    def _narrowed(self, stacked: nnx.State) -> nnx.State:
+        """The layers with their projections in the compute dtype, where memory is what a cast costs.
+
+        In the loop a layer's weights would be cast for it and once more for its gradient, and the gradient, which a
+        GPU's products leave in the compute dtype, be widened layer by layer: more than twice the traffic. A CPU's
+        products leave it in float32, and so it stays.
+        """
+        dtype = jnp.dtype(self.compute.dtype)
+        if backend.on_cpu() or dtype.itemsize >= jnp.dtype(self.compute.param_dtype).itemsize:
+            return stacked
+        linear = {path for path, module in nnx.iter_modules(self.layers) if isinstance(module, Linear)}
+        return nnx.map_state(lambda path, x: x.astype(dtype) if path[:-1] in linear else x, stacked)
 
     def head(self) -> Head:
         """The output head as the losses take it: [V, D], in the dtype the weights are kept in."""
