@@ -113,19 +113,26 @@ class Running:
         return np.array(0.0)
 
 
-def test_batches_of_one_call_are_those_of_calls_of_their_own(run_values, local_engines, tmp_path):
-    """Three at a time, of five: the same rows, a call for three and one for the rest, and then the data ends."""
+@pytest.mark.parametrize("colocate", [False, True])
+def test_batches_of_one_call_are_those_of_calls_of_their_own(run_values, local_engines, tmp_path, colocate):
+    """Three at a time, of five: the same rows, a call for three and one for the rest, and then the data ends. A teacher
+    that sleeps between calls wakes for each of them, and not for the steps in between."""
 
     def rows(**teacher):
-        config = from_dict(run_values | {"teacher": run_values["teacher"] | {"lookahead": 3} | teacher})
+        values = run_values | {"teacher": run_values["teacher"] | {"lookahead": 3} | teacher, "colocate": colocate}
         found = []
-        with Stream(config, log=tmp_path / "engine.log") as stream:
+        with Stream(from_dict(values), log=tmp_path / "engine.log") as stream:
             stream.steps = 5
+            stream.attach(SimpleNamespace(number=0))
             for batch in stream:
+                stream._step.number += 1
                 (hidden,) = batch.arrays.teacher_hidden
                 found.append((batch.host.state, np.array(hidden)[batch.host.batch.mask]))
                 batch.release_after(jnp.zeros(()))
-        return found, local_engines[-1].calls.count("prefill")
+        calls = local_engines[-1].calls
+        assert calls.count("wake") == colocate * calls.count("prefill")
+        assert calls.count("sleep") == colocate * (1 + calls.count("prefill"))
+        return found, calls.count("prefill")
 
     (alone, calls), (together, fewer) = rows(), rows(batches_per_call=3)
     assert (len(alone), calls, len(together), fewer) == (5, 5, 5, 2)

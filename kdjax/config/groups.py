@@ -78,8 +78,8 @@ class TeacherConfig:
     lookahead: int = Field(1, ge=0)
     """How many batches the teacher may be ahead of the student; 0 takes turns. Not read with rollouts or `colocate`."""
     batches_per_call: int = Field(1, ge=1)
-    """Batches that the teacher is asked for at once: several where one is too small to keep it busy. Not read where
-    `lookahead` is not, nor by a teacher that follows the student."""
+    """Batches that the teacher is asked for at once: several where one is too small to keep it busy, or with `colocate`
+    to wake it less often. Not read with rollouts, nor by a teacher that follows the student."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds until the engine must be ready."""
     timeout: float = Field(300.0, gt=0)

@@ -136,7 +136,7 @@ class Stream:
     def _batches_per_call(self) -> int:
         config = self.config
         follows = config.distill.on_policy_fraction or config.teacher.update_every
-        return 1 if config.colocate or follows else config.teacher.batches_per_call
+        return 1 if follows else config.teacher.batches_per_call
 
     def _shared_ids(self, head: Head) -> Bool[Array, " V"]:
         """The ids that mean something to both models. Raises UserError when their vocabularies differ."""
@@ -265,7 +265,9 @@ class Stream:
 
     def _look_back(self) -> None:
         """See what the last step found of its responses, and where teacher and student take turns wait for its end."""
-        if self._lookahead == 0:  # the step was dispatched, and may still run when the next batch is asked for
+        # The step was dispatched, and may still run when the next batch is asked for; one that the teacher has been
+        # through already wakes nobody.
+        if self._lookahead == 0 and not self._ready:
             self.engine.wait_released()
         if self._taken is not None:
             log_ratio = self._taken.by_row.get(LOG_RATIO)
