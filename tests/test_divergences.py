@@ -159,6 +159,15 @@ def test_jsd_beta_weights_the_teacher():
         assert reference.relative(found, end(student, teacher)) < 0.01
 
 
+@pytest.mark.parametrize(("skewed", "plain"), [("skl", "kl"), ("srkl", "rkl")])
+def test_without_skew_it_is_the_plain_one(skewed, plain):
+    student, teacher = logits(53)
+    for found, wanted in zip(
+        pulled(skewed, student, teacher, skew_lambda=0.0), pulled(plain, student, teacher), strict=True
+    ):
+        assert reference.relative(found, wanted) < 1e-5
+
+
 def test_hrl_has_no_temperature():
     student, teacher = logits(53)
     assert np.array_equal(losses.hrl(student, teacher, temperature=4.0), losses.hrl(student, teacher))

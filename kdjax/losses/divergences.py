@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from kdjax.losses.vocab import WHOLE, Vocab, floored
 
 Logits = Float[AnyArray, "*rows V"]
 Values = Float[Array, "*rows"]
+TINY = jnp.finfo(jnp.float32).tiny
 Normalised = tuple[Float[Array, "*rows V"], Float[Array, "*rows 1"]]
 
 
@@ -78,8 +79,8 @@ def skl(
 ) -> Values:
     """Skew KL(p ‖ λp + (1 − λ)q), 0 ≤ λ < 1 (DistiLLM, 2402.03898)."""
     _require("skew_lambda", skew_lambda, "at least 0 and below 1", lambda s: 0 <= s < 1)
-    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
-    return vocab.sum(_kl_terms(log_p, _log_mixture(skew_lambda, log_p, log_q)))
+    student, teacher = _scaled(student_logits, teacher_logits, temperature)
+    return _skewed(teacher, student, skew_lambda, vocab)
 
 
 @register_divergence("srkl", split_vocab=True)
@@ -93,8 +94,8 @@ def srkl(
 ) -> Values:
     """Skew reverse KL(q ‖ (1 − λ)p + λq), 0 ≤ λ < 1 (DistiLLM, 2402.03898)."""
     _require("skew_lambda", skew_lambda, "at least 0 and below 1", lambda s: 0 <= s < 1)
-    log_q, log_p = _log_probs(student_logits, teacher_logits, temperature, vocab)
-    return vocab.sum(_kl_terms(log_q, _log_mixture(skew_lambda, log_q, log_p)))
+    student, teacher = _scaled(student_logits, teacher_logits, temperature)
+    return _skewed(student, teacher, skew_lambda, vocab)
 
 
 @register_divergence("akl", split_vocab=True)
@@ -197,10 +198,9 @@ def _kl(a: Array, b: Array, vocab: Vocab) -> Array:
 
 @partial(_kl.defjvp, symbolic_zeros=True)
 def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    (below_a, sum_a), (below_b, sum_b) = (vocab.normaliser(x) for x in logits)
-    value = vocab.sum(_gap_terms(*_probs_and_gap((below_a, sum_a), (below_b, sum_b))))
-    sum_a, sum_b = again(sum_a, sum_b)
-    a, b, gap = _probs_and_gap((below_a, sum_a), (below_b, sum_b))
+    both = tuple(vocab.normaliser(x) for x in logits)
+    value = vocab.sum(_gap_terms(*_probs_and_gap(*both)))
+    a, b, gap = _probs_and_gap(*_again(*both))
     da, db = tangents
     slope = jnp.zeros_like(value)
     if not isinstance(db, SymbolicZero):
@@ -224,63 +224,91 @@ def _gap_terms(a: Array, b: Array, gap: Array) -> Array:
     return a * gap - a + b
 
 
+# KL(a ‖ m) of two logits, m = share · a + (1 − share) · b. With r = a / m its slopes in the logits are, of b,
+# (1 − share) b (Σ b r − r), and, of a, a (g − Σ a g) where g = log a − log m − share · r.
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _skewed(a: Array, b: Array, share: Number, vocab: Vocab) -> Array:
+    return vocab.sum(_Mixture.of(share, vocab.normaliser(a), vocab.normaliser(b)).terms)
+
+
+@partial(_skewed.defjvp, symbolic_zeros=True)
+def _skewed_slope(vocab: Vocab, primals: tuple[Array, Array, Number], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    *logits, share = primals
+    (da, db, _), both = tangents, tuple(vocab.normaliser(x) for x in logits)
+    sums = [_Mixture.of(share, *both).terms]
+    if in_b := not isinstance(db, SymbolicZero):
+        mixed = _Mixture.of(share, *(both := _again(*both)))
+        sums.append(mixed.b * mixed.ratio)
+    if in_a := not isinstance(da, SymbolicZero):
+        mixed = _Mixture.of(share, *(both := _again(*both)))
+        sums.append(mixed.a * (mixed.gap - share * mixed.ratio))
+    value, *means = vocab.sums(*sums)
+    means = [lax.stop_gradient(mean)[..., None] for mean in means]
+    mixed, slope = _Mixture.of(share, *_again(*both)), jnp.zeros_like(value)
+    if in_b:
+        slope += vocab.sum((1 - share) * mixed.b * (means[0] - mixed.ratio) * db)
+    if in_a:
+        slope += vocab.sum(mixed.a * (mixed.gap - share * mixed.ratio - means[-1]) * da)
+    return value, slope
+
+
 # Its slope in the logits of q is (1 − β) q (log q − log m − KL(q ‖ m)), that in those of p alike.
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _jsd(student: Array, teacher: Array, beta: Number, vocab: Vocab) -> Array:
-    return _jsd_and_gaps(vocab.normaliser(student), vocab.normaliser(teacher), beta, vocab)[0]
+    return _jsd_and_gaps((vocab.normaliser(student), vocab.normaliser(teacher)), beta, vocab)[0]
 
 
 @partial(_jsd.defjvp, symbolic_zeros=True)
 def _jsd_slope(vocab: Vocab, primals: tuple[Array, Array, Number], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     *logits, beta = primals
-    q, p = (vocab.normaliser(x) for x in logits)
-    value, gaps, (q, p) = _jsd_and_gaps(q, p, beta, vocab)
+    both = tuple(vocab.normaliser(x) for x in logits)
+    value, to_q, to_p = _jsd_and_gaps(both, beta, vocab)
+    q, p = _again(*_again(*both))
     slope = jnp.zeros_like(value)
-    for share, one, other, gap, tangent in zip((1 - beta, beta), (q, p), (p, q), gaps, tangents, strict=False):
+    for share, one, other, own, tangent in ((1 - beta, q, p, to_q, tangents[0]), (beta, p, q, to_p, tangents[1])):
         if not isinstance(tangent, SymbolicZero):
-            x, log_x, _, log_m = _mixed(share, one, other)
-            slope += vocab.sum(share * x * (log_x - log_m - lax.stop_gradient(gap)[..., None]) * tangent)
+            mixed = _Mixture.of(share, one, other)
+            slope += vocab.sum(share * mixed.a * (mixed.gap - lax.stop_gradient(own)[..., None]) * tangent)
     return value, slope
 
 
-def _jsd_and_gaps(
-    q: Normalised, p: Normalised, beta: Number, vocab: Vocab
-) -> tuple[Array, tuple[Array, Array], tuple[Normalised, Normalised]]:
-    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) [...]; of these KL(q ‖ m) and KL(p ‖ m); and q and p again."""
-    terms = []
-    for share, one, other in ((1 - beta, q, p), (beta, p := _again(p), q := _again(q))):
-        x, log_x, m, log_m = _mixed(share, one, other)
-        terms.append(x * (log_x - log_m) - x + m)
-    to_q, to_p = vocab.sums(*terms)
-    return beta * to_p + (1 - beta) * to_q, (to_q, to_p), (_again(q), _again(p))
+def _jsd_and_gaps(both: tuple[Normalised, Normalised], beta: Number, vocab: Vocab) -> tuple[Array, Array, Array]:
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) of student and teacher, and of these KL(q ‖ m) and KL(p ‖ m), each [...]."""
+    (q, p), (q_again, p_again) = both, _again(*both)
+    to_q, to_p = vocab.sums(_Mixture.of(1 - beta, q, p).terms, _Mixture.of(beta, p_again, q_again).terms)
+    return beta * to_p + (1 - beta) * to_q, to_q, to_p
 
 
-def _mixed(share: Number, one: Normalised, other: Normalised) -> tuple[Array, Array, Array, Array]:
-    """The first distribution and its logarithm, then m = share · one + (1 − share) · other and its, each [..., V]."""
-    log_x, log_y = (below - log_sum for below, log_sum in (one, other))
-    x = jnp.exp(log_x)
-    m = share * x + (1 - share) * jnp.exp(log_y)
-    return x, log_x, m, _log(m)
+class _Mixture(NamedTuple):
+    """Two distributions and what they have to do with m = share · a + (1 − share) · b, each [..., V]."""
+
+    a: Array
+    b: Array
+    m: Array
+    gap: Array
+    """log a − log m; where both vanish some finite number, which is only ever multiplied by 0."""
+
+    @classmethod
+    def of(cls, share: Number, a: Normalised, b: Normalised) -> _Mixture:
+        log_a, log_b = (below - log_sum for below, log_sum in (a, b))
+        a, b = jnp.exp(log_a), jnp.exp(log_b)
+        m = share * a + (1 - share) * b
+        return cls(a, b, m, log_a - jnp.log(jnp.maximum(m, TINY)))
+
+    @property
+    def terms(self) -> Array:
+        """Whose sum is KL(a ‖ m)."""
+        return self.a * self.gap - self.a + self.m
+
+    @property
+    def ratio(self) -> Array:
+        """a / m"""
+        return self.a / jnp.maximum(self.m, TINY)
 
 
-def _again(x: Normalised) -> Normalised:
-    below, log_sum = x
-    return below, *again(log_sum)
-
-
-def _kl_terms(log_a: Array, log_b: Array) -> Array:
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    return a * (log_a - log_b) - a + b
-
-
-def _log_mixture(share: Number, log_a: Array, log_b: Array) -> Array:
-    """log(share · a + (1 − share) · b)"""
-    return _log(share * jnp.exp(log_a) + (1 - share) * jnp.exp(log_b))
-
-
-def _log(mixture: Array) -> Array:
-    """Its logarithm; of 0 some finite number, which is only ever multiplied by 0."""
-    return jnp.log(jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny))
+def _again(*both: Normalised) -> tuple[Normalised, ...]:
+    """What ``Vocab.normaliser`` said, for a sum or a slope that is to read the logits anew; see ``backend.again``."""
+    return tuple((below, *again(log_sum)) for below, log_sum in both)
 
 
 def _tail(logits: Array, p: Array, alpha: Number, vocab: Vocab) -> Bool[Array, "*rows V"]:
