@@ -98,19 +98,38 @@ def test_normaliser_at_any_size_of_the_logits(on_cpu, monkeypatch):
     np.testing.assert_allclose(log_sum, np.log(np.exp(wanted).sum(-1, keepdims=True)), rtol=1e-6 if on_cpu else 1e-5)
 
 
-@pytest.mark.parametrize("name", ["kl", "jsd", "ce"])
-def test_curvature_as_on_a_gpu(name, monkeypatch):
-    """Second derivatives too are those that the CPU's passes have."""
-    student, teacher = logits(53)
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("name", ["kl", "rkl", "jsd", "skl", "srkl", "ce"])
+def test_slopes_that_are_written_out_have_slopes(name, on_cpu, monkeypatch):
+    """Along one direction, against differences of the gradients of float64."""
+    monkeypatch.setattr(backend, "on_cpu", lambda: on_cpu)
+    (student, teacher), (along, _) = logits(53, spread=1.0), logits(53, seed=1)
     other = np.array([0, 52, 17]) if name == "ce" else teacher
 
-    def curved(student):
-        slope = jax.grad(lambda z: losses.divergence(name, z, other).sum())
-        return jax.grad(lambda z: (slope(z) * teacher).sum())(student)
+    def exact(student):
+        return (
+            reference.cross_entropy(student, other)[1]
+            if name == "ce"
+            else reference.divergence(name, student, other)[1]
+        )
 
-    wanted = curved(student)
-    monkeypatch.setattr(backend, "on_cpu", lambda: False)
-    assert np.any(wanted) and reference.relative(curved(student), wanted) < 1e-5
+    ends = (exact(student.astype(np.float64) + step * along) for step in (1e-6, -1e-6))
+    wanted = np.subtract(*ends) / 2e-6
+    slope = jax.grad(lambda z: losses.divergence(name, z, other).sum())
+    assert reference.relative(jax.jvp(slope, (student,), (along,))[1], wanted) < 1e-5
+    assert reference.relative(jax.grad(lambda z: (slope(z) * along).sum())(student), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_reductions_of_half_precision_are_in_float32(on_cpu, monkeypatch):
+    monkeypatch.setattr(backend, "on_cpu", lambda: on_cpu)
+    rows = jnp.asarray(logits(5_000)[0], jnp.bfloat16)
+    exact = np.asarray(rows, np.float64)
+    log_p = exact - exact.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    found = WHOLE.log_softmax(rows), *WHOLE.sums(rows, rows), WHOLE.nll(rows, np.zeros(3, int))
+    for a, b in zip(found, (log_p, exact.sum(-1), exact.sum(-1), -log_p[:, 0]), strict=True):
+        assert a.dtype == jnp.float32 and reference.relative(a, b) < 1e-5
 
 
 def test_cross_entropy():

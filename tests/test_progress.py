@@ -4,6 +4,7 @@ import io
 import time
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from kdjax.config import from_dict
@@ -46,6 +47,29 @@ def test_what_ran_beside_the_step_stands_behind_its_seconds():
     assert "(waiting 0.10 + transfer 0.02 + student 0.38 + sync 0.04; generate 0.40, 75% hidden; teacher 0.30)" in (
         out.getvalue()
     )
+
+
+def test_a_window_that_waited_once_less_tells_the_same_step(monkeypatch):
+    """The run's first batch was waited for before there were windows: its last one has a wait less than steps."""
+    clock = SimpleNamespace(perf_counter=lambda: clock.now, now=0.0)
+    monkeypatch.setattr("kdjax.training.window.time", clock)
+    window = Window(from_dict(CONFIG), steps=4, done=0)
+    batch = SimpleNamespace(
+        seconds={"waiting": 0.2, "transfer": 0.05, "teacher": 0.1}, host=SimpleNamespace(tokens=1000)
+    )
+    found = []
+    for waits in (2, 1):
+        for _ in range(waits):
+            window.took(batch)
+            clock.now += 0.25
+        for _ in range(2):
+            window.done(batch)
+            clock.now += 0.75
+        found.append(window.close(2 * len(found) + 2))
+    for values in found:
+        del values["learning_rate"]
+        wanted = {"waiting": 0.2, "transfer": 0.05, "teacher": 0.1, "student": 0.75, "step": 1.0}
+        assert values == pytest.approx({"tokens_per_second": 1000} | {f"seconds/{k}": v for k, v in wanted.items()})
 
 
 def test_a_step_whose_batch_another_window_waited_for_tells_no_speed():

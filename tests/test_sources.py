@@ -85,16 +85,21 @@ def test_the_teacher_is_ahead_of_the_student_by_what_is_asked(run_values, local_
         batch.release_after(jnp.zeros(()))
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
-def test_without_lookahead_the_teacher_waits_for_the_step(run_values, local_engines, tmp_path, lookahead):
-    """A step runs on while the loop asks for the next batch, and turns are turns."""
-    run_values["teacher"]["lookahead"] = lookahead
+@pytest.mark.parametrize(("lookahead", "together", "seen"), [(0, 1, [1]), (0, 2, [1]), (1, 1, [])])
+def test_without_lookahead_the_teacher_waits_for_the_step(
+    run_values, local_engines, tmp_path, lookahead, together, seen
+):
+    """A step runs on while the loop asks for the next batch, and turns are turns; but the teacher's next turn comes
+    only when the batches of its last are gone."""
+    run_values["teacher"] |= {"lookahead": lookahead, "batches_per_call": together}
     with Stream(from_dict(run_values), log=tmp_path / "engine.log") as stream:
         (engine,) = local_engines
         step = Running(lambda: engine.calls.count("prefill"))
-        next(stream).release_after(step)
+        for _ in range(together):
+            assert not step.seen
+            next(stream).release_after(step)
         next(stream).release_after(jnp.zeros(()))
-        assert step.seen == ([1] if lookahead == 0 else [])
+        assert step.seen[:1] == seen
 
 
 class Running:

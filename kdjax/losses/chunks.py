@@ -189,8 +189,7 @@ def _by_chunks(plan: Plan, vocab: Vocab, sides: tuple[Side, ...], fixed: Fixed, 
         raws = tuple(
             product(h, side.weight, head.layout) for h, side, head in zip(hidden, sides, plan.heads, strict=True)
         )
-        if not backend.on_cpu():  # or XLA takes the first function of the logits for the product's own, and writes both
-            raws = lax.optimization_barrier(raws)
+        raws = backend.again(*raws)  # or XLA takes the first function of the logits for the product's, and writes both
         biases = tuple(side.bias for side in sides)
         fixed_here = fixed._replace(known=known, mask=mask)
         (more, values), slopes, in_biases = _slopes(plan, vocab, raws, biases, fixed_here, asked, sizes)

@@ -190,7 +190,7 @@ def _log_probs(student: AnyArray, teacher: AnyArray, temperature: Number, vocab:
     return log_q, log_p
 
 
-# KL(a ‖ b) of two logits. Its slopes are written out: b − a in the logits of b, with no further pass over a block.
+# KL(a ‖ b) of two logits. Its slopes are written out: b − a in the logits of b, with no further sum over a block.
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kl(a: Array, b: Array, vocab: Vocab) -> Array:
     return vocab.sum(_gap_terms(*_probs_and_gap(vocab.normaliser(a), vocab.normaliser(b))))
@@ -206,7 +206,7 @@ def _kl_slope(vocab: Vocab, logits: tuple[Array, Array], tangents: tuple[Any, An
     if not isinstance(db, SymbolicZero):
         slope += vocab.sum((b - a) * db)
     if not isinstance(da, SymbolicZero):
-        slope += vocab.sum(a * (gap - lax.stop_gradient(value)[..., None]) * da)
+        slope += vocab.sum(a * (gap - value[..., None]) * da)
     return value, slope
 
 
@@ -243,7 +243,7 @@ def _skewed_slope(vocab: Vocab, primals: tuple[Array, Array, Number], tangents: 
         mixed = _Mixture.of(share, *(both := _again(*both)))
         sums.append(mixed.a * (mixed.gap - share * mixed.ratio))
     value, *means = vocab.sums(*sums)
-    means = [lax.stop_gradient(mean)[..., None] for mean in means]
+    means = [mean[..., None] for mean in means]
     mixed, slope = _Mixture.of(share, *_again(*both)), jnp.zeros_like(value)
     if in_b:
         slope += vocab.sum((1 - share) * mixed.b * (means[0] - mixed.ratio) * db)
@@ -268,7 +268,7 @@ def _jsd_slope(vocab: Vocab, primals: tuple[Array, Array, Number], tangents: tup
     for share, one, other, own, tangent in ((1 - beta, q, p, to_q, tangents[0]), (beta, p, q, to_p, tangents[1])):
         if not isinstance(tangent, SymbolicZero):
             mixed = _Mixture.of(share, one, other)
-            slope += vocab.sum(share * mixed.a * (mixed.gap - lax.stop_gradient(own)[..., None]) * tangent)
+            slope += vocab.sum(share * mixed.a * (mixed.gap - own[..., None]) * tangent)
     return value, slope
 
 

@@ -4,8 +4,9 @@ A divergence written with these reductions is written once: ``WHOLE`` makes it a
 ``Vocab("tensor")`` makes the same function work on the columns that each device holds, exchanging a few numbers a row.
 
 One rule keeps gradients right on a split axis: a number that a reduction returns must not meet the columns again,
-unless it carries no gradient (``stop_gradient``). Where one does, in ``log_softmax`` and ``nll``, the slope is written
-out. All else may be done with reduced numbers, as every device does it alike.
+unless it carries no gradient (``stop_gradient``). Where one does, as in ``log_softmax`` and ``nll``, the slope is
+written out (the first; a second one is right on a whole axis alone). All else may be done with reduced numbers, as
+every device does it alike.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Vocab:
 
     def sums(self, *arrays: Float[Array, "*rows V"]) -> tuple[Float[Array, "*rows"], ...]:
         """``sum`` of several arrays in one pass over what they are made of."""
-        return tuple(_total(x, self.axis) for x in _sums(*arrays))
+        return tuple(_total(x, self.axis) for x in _sums(*(x.astype(jnp.float32) for x in arrays)))
 
     def argmax(self, x: Float[AnyArray, "*rows V"]) -> Int[Array, "*rows"]:
         """The id of the largest entry, the lowest of equal ones."""
@@ -101,8 +102,9 @@ class Vocab:
     def normaliser(self, logits: Float[AnyArray, "*rows V"]) -> tuple[Float[Array, "*rows V"], Float[Array, "*rows 1"]]:
         """The logits below their row's largest, and the logarithm of the sum of their exponentials.
 
-        log softmax is the one less the other. For functions whose slope is written out.
+        log softmax is the one less the other, both float32. For functions whose slope is written out.
         """
+        logits = logits.astype(jnp.float32)
         if backend.on_cpu():
             top = logits.max(-1, keepdims=True)
             below = logits - (top if self.axis is None else lax.pmax(top, self.axis))

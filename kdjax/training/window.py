@@ -50,17 +50,21 @@ class Window:
     def close(self, step: int) -> dict[str, float]:
         """Learning rate of ``step``, tokens/s, and seconds a step by what they went into; starts the next window.
 
-        Where no batch was taken, as in a window of the last step alone, there is no speed: the wait for its batch was
-        the window's before.
+        The window that ends a run has taken a batch less than it has steps, as the first was taken before there were
+        windows; so what a batch costs is divided by the batches, and a step is what both come to. Where no batch was
+        taken there is no speed.
         ``rollout/hidden`` is the share of the seconds of generation in which the loop had something else to do.
         """
         steps, wall = step - self._first, time.perf_counter() - self._since
         values = {"learning_rate": float(self._schedule(step - 1))}
-        if self._took:
-            values["tokens_per_second"] = self._tokens / wall
-        seconds = {name: value / steps for name, value in self._seconds.items()} | {"step": wall / steps}
+        of_loop = {name: self._seconds.pop(name) for name in self.LOOPS if name in self._seconds}
         # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
-        seconds["student"] = max(0.0, seconds["step"] - sum(seconds.get(name, 0.0) for name in self.LOOPS))
+        seconds = {"student": max(0.0, wall - sum(of_loop.values())) / steps}
+        seconds |= {name: value / max(self._took, 1) for name, value in of_loop.items()}
+        seconds["step"] = sum(seconds.values())
+        seconds |= {name: value / steps for name, value in self._seconds.items()}
+        if self._took:
+            values["tokens_per_second"] = self._tokens / steps / seconds["step"]
         if "generate" in seconds:
             values["rollout/hidden"] = seconds.pop("hidden") / seconds["generate"]
         self._start(step)
