@@ -53,12 +53,12 @@ def test_a_window_that_waited_once_less_tells_the_same_step(monkeypatch):
     """The run's first batch was waited for before there were windows: its last one has a wait less than steps."""
     clock = SimpleNamespace(perf_counter=lambda: clock.now, now=0.0)
     monkeypatch.setattr("kdjax.training.window.time", clock)
-    window = Window(from_dict(CONFIG), steps=4, done=0)
+    window = Window(from_dict(CONFIG), steps=6, done=0)
     batch = SimpleNamespace(
         seconds={"waiting": 0.2, "transfer": 0.05, "teacher": 0.1}, host=SimpleNamespace(tokens=1000)
     )
     found = []
-    for waits in (2, 1):
+    for waits in (2, 1, 0):
         for _ in range(waits):
             window.took(batch)
             clock.now += 0.25
@@ -66,10 +66,13 @@ def test_a_window_that_waited_once_less_tells_the_same_step(monkeypatch):
             window.done(batch)
             clock.now += 0.75
         found.append(window.close(2 * len(found) + 2))
+    wanted = {"waiting": 0.2, "transfer": 0.05, "teacher": 0.1, "student": 0.75, "step": 1.0}
+    wanted = {"tokens_per_second": 1000} | {f"seconds/{name}": value for name, value in wanted.items()}
     for values in found:
         del values["learning_rate"]
-        wanted = {"waiting": 0.2, "transfer": 0.05, "teacher": 0.1, "student": 0.75, "step": 1.0}
-        assert values == pytest.approx({"tokens_per_second": 1000} | {f"seconds/{k}": v for k, v in wanted.items()})
+    assert found[:2] == [pytest.approx(wanted)] * 2
+    del wanted["tokens_per_second"]  # without a wait there is no speed
+    assert found[2] == pytest.approx(wanted | {"seconds/waiting": 0, "seconds/transfer": 0, "seconds/step": 0.75})
 
 
 def test_a_step_whose_batch_another_window_waited_for_tells_no_speed():

@@ -57,12 +57,12 @@ class Window:
         """
         steps, wall = step - self._first, time.perf_counter() - self._since
         values = {"learning_rate": float(self._schedule(step - 1))}
-        of_loop = {name: self._seconds.pop(name) for name in self.LOOPS if name in self._seconds}
+        of_loop = {name: self._seconds[name] for name in self.LOOPS if name in self._seconds}
         # What neither weights on their way, the wait for a batch nor its placing took, the loop spent on the student.
         seconds = {"student": max(0.0, wall - sum(of_loop.values())) / steps}
         seconds |= {name: value / max(self._took, 1) for name, value in of_loop.items()}
         seconds["step"] = sum(seconds.values())
-        seconds |= {name: value / steps for name, value in self._seconds.items()}
+        seconds |= {name: value / steps for name, value in self._seconds.items() if name not in of_loop}
         if self._took:
             values["tokens_per_second"] = self._tokens / steps / seconds["step"]
         if "generate" in seconds:
