@@ -79,13 +79,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit, with a mark where the working tree differs from it; outside a checkout what KDJAX_COMMIT says."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match=nothing"]
+    """The commit, with a mark where the working tree differs from it in anything but results, which benchmarks before
+    this one have written; outside a checkout what KDJAX_COMMIT says."""
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        found = _git("rev-parse", "--short=12", "HEAD")
+        if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md"):
+            found += "-dirty"
     except FileNotFoundError:  # no git there
         found = ""
     return found or os.environ.get("KDJAX_COMMIT", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -222,6 +223,24 @@ def test_the_benchmarks_teacher_has_an_id_for_every_row_of_its_head(root, tmp_pa
     runs.fill_vocabulary(folder / "tokenizer.json", 5000)
     filled = load_tokenizer(folder)
     assert valid_ids(filled, 5000).all() and filled.encode("Four loaves at $3 each.<|im_end|>") == before
+
+
+def test_results_of_other_benchmarks_do_not_make_a_commit_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.delenv("KDJAX_COMMIT", raising=False)
+    assert record.commit() == "unknown"  # no checkout
+    results, code = tmp_path / "benchmarks" / "results", tmp_path / "code.py"
+    results.mkdir(parents=True)
+    for file in (code, results / "one.json", tmp_path / "README.md"):
+        file.write_text("1")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "one")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for file in (results / "one.json", tmp_path / "README.md"):
+        file.write_text("2")
+    clean = record.commit()
+    code.write_text("2")
+    assert len(clean) == 12 and record.commit() == f"{clean}-dirty"
 
 
 def test_a_machine_without_git_names_the_commit_itself(monkeypatch):
