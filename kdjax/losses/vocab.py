@@ -105,11 +105,6 @@ class Vocab:
         log softmax is the one less the other, both float32. For functions whose slope is written out.
         """
         logits = logits.astype(jnp.float32)
-        if backend.on_cpu():
-            top = logits.max(-1, keepdims=True)
-            below = logits - (top if self.axis is None else lax.pmax(top, self.axis))
-            exps = jnp.exp(below).sum(-1, keepdims=True)
-            return below, jnp.log(exps if self.axis is None else lax.psum(exps, self.axis))
         top, exps = _largest_and_sum(logits)
         if self.axis is not None:
             own, top = top, lax.pmax(top, self.axis)
@@ -180,8 +175,11 @@ _sums.defjvp(lambda arrays, tangents: (_sums(*arrays), tuple(x.sum(-1) for x in 
 def _largest_and_sum(x: AnyArray) -> tuple[Array, Array]:
     """The largest entry of each row, and the sum of the exponentials of what lies below it, both [..., 1].
 
-    In one pass (1805.02867): where memory is what a pass costs, half of what a maximum and then a sum take.
+    In one pass (1805.02867) where memory is what a pass costs: half of what a maximum and then a sum take.
     """
+    if backend.on_cpu():
+        top = x.max(-1, keepdims=True)
+        return top, jnp.exp(x - top).sum(-1, keepdims=True)
 
     def merged(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
         (top, exps), (other_top, other_exps) = one, other
